@@ -1,0 +1,57 @@
+"""Blocks of tokens: the records the operations exchange, and the arithmetic of ragged ends."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class BlockIndex(NamedTuple):
+    """For every query block, the key blocks computed exactly.
+
+    Attributes:
+        ids: int32 [B, N, I, L], key block numbers; a row's entries beyond `count` are never read.
+        count: int32 [B, N, I], how many entries of the row are valid. Data, not shape: one
+            compilation serves every budget up to L.
+    """
+
+    ids: Int[Array, "B N I L"]
+    count: Int[Array, "B N I"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockStatistics:
+    """What the Taylor expansion of the blocks not computed exactly needs (pisa.md 2.1, pasa.md 2.3).
+
+    Attributes:
+        key_mean: f32 [B, N, J, H], mean of the block's valid keys; 0 where it has none.
+        value_sum: f32 [B, N, J, H], sum of the block's valid values.
+        length: int32 [B, J], valid tokens in the block.
+        covariance: f32 [B, N, G, H, H], per group Σ_j Σ_n (k_n − kbar_j)ᵀ v_n, un-normalised:
+            rows are key channels, columns value channels. G = ceil(J / group).
+        group: blocks in a group; J or more means one group (PISA), 32 is PASA's.
+    """
+
+    key_mean: Float[Array, "B N J H"]
+    value_sum: Float[Array, "B N J H"]
+    length: Int[Array, "B J"]
+    covariance: Float[Array, "B N G H H"]
+    group: int = dataclasses.field(metadata={"static": True})
+
+
+def num_blocks(tokens: int, block: int) -> int:
+    """Blocks that cover `tokens`; the last one may be ragged."""
+    return -(-tokens // block)
+
+
+def block_lengths(
+    tokens: int, block: int, kv_length: Int[Array, "B"] | None, batch: int
+) -> Int[Array, "B J"]:
+    """Valid tokens of each key block: `block`, except at the end of the array or of `kv_length`."""
+    end = jnp.full((batch,), tokens, jnp.int32) if kv_length is None else kv_length
+    end = jnp.minimum(end, tokens).astype(jnp.int32)
+    start = jnp.arange(num_blocks(tokens, block), dtype=jnp.int32) * block
+    return jnp.clip(end[:, None] - start[None, :], 0, block)
