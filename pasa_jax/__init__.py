@@ -12,5 +12,5 @@ __version__ = "0.1.0"
 # In a checkout the folders pallas_kernels, models and convert lie beside this package; the wheel
 # holds them inside it. Either way they are imported as pasa_jax.<folder>.
 _checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "pallas_kernels" / "api.py").exists():
+if (_checkout / "pyproject.toml").exists():
     __path__.append(str(_checkout))
