@@ -228,7 +228,7 @@ class Wan(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "B F Y X C"],
-        timestep: Float[Array, "B"],
+        timestep: Float[Array, " B"],
         text_states: Float[Array, "B E D"],
         attention: Attention | None = None,
     ) -> tuple[Float[Array, "B F Y X C"], Any]:
@@ -314,7 +314,7 @@ def check_inputs(config: WanConfig, latents, text_states) -> None:
         raise ValueError(f"text_states have {width=}, the model takes {config.text_dim=}")
 
 
-def sinusoids(timestep: Float[Array, "B"], freq_dim: int) -> Float[Array, "B K"]:
+def sinusoids(timestep: Float[Array, " B"], freq_dim: int) -> Float[Array, "B K"]:
     """Cosines, then sines, of the timestep at freq_dim / 2 frequencies from 1 down to 1/10000."""
     half = freq_dim // 2
     frequencies = jnp.asarray(10_000.0 ** (-np.arange(half) / half), jnp.float32)

@@ -24,7 +24,7 @@ class BlockIndex(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockStatistics:
-    """What the Taylor expansion of the blocks not computed exactly needs (pisa.md 2.1, pasa.md 2.3).
+    """What the Taylor expansion of the blocks not computed exactly needs.
 
     Attributes:
         key_mean: f32 [B, N, J, H], mean of the block's valid keys; 0 where it has none.
@@ -48,7 +48,7 @@ def num_blocks(tokens: int, block: int) -> int:
 
 
 def block_lengths(
-    tokens: int, block: int, kv_length: Int[Array, "B"] | None, batch: int
+    tokens: int, block: int, kv_length: Int[Array, " B"] | None, batch: int
 ) -> Int[Array, "B J"]:
     """Valid tokens of each key block: `block`, except at the end of the array or of `kv_length`."""
     end = jnp.full((batch,), tokens, jnp.int32) if kv_length is None else kv_length
