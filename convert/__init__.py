@@ -1,4 +1,4 @@
 """PyTorch checkpoints to Flax parameters: one table of rules a model, one reader, one writer."""
 
 if __name__ != "pasa_jax.convert":
-    raise ImportError("import it as pasa_jax.convert: a second copy would have types of its own")
+    raise ImportError("import it as pasa_jax.convert, or its types exist twice")
