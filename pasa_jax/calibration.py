@@ -1,0 +1,209 @@
+"""The velocity curve: how far the velocity moves from step to step, recorded once a setting."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pasa_jax.budget import step_lengths
+from pasa_jax.grid import TokenGrid
+
+_MAX_BYTES = 1 << 20  # a curve of 10,000 steps is below it
+_MAX_STEPS = 10_000
+_FORMAT = 1
+
+
+def velocity_distance(
+    velocity: Float[Array, "..."], previous: Float[Array, "..."]
+) -> Float[Array, ""]:
+    """ℓ_t: mean |v_t − v_{t−1}| over all elements, in float32.
+
+    Args:
+        velocity, previous: what the sampler used at this step and the one before, after guidance.
+    """
+    return jnp.abs(velocity.astype(jnp.float32) - previous.astype(jnp.float32)).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class CurveKey:
+    """What a velocity curve depends on.
+
+    Attributes:
+        model: preset or checkpoint name.
+        grid: video tokens.
+        steps: denoising steps.
+        sampler: its name.
+        shift: of the noise schedule.
+        guidance: classifier-free guidance scale.
+    """
+
+    model: str
+    grid: TokenGrid
+    steps: int
+    sampler: str
+    shift: float
+    guidance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class VelocityCurve:
+    """Velocity distances ℓ_t over some prompts, from dense sampling.
+
+    Attributes:
+        key: the setting they were recorded in.
+        prompts: number of prompts.
+        mean: ℓ_t [steps], mean over prompts. ℓ_0, which no velocity precedes, repeats ℓ_1.
+        std: standard deviation over prompts [steps].
+        speed: ℓ_t / |σ_t − σ_{t−1}| [steps], the distance per unit of noise level.
+
+    Raises:
+        ValueError: entries that are not `key.steps` finite numbers ≥ 0, or no prompt.
+    """
+
+    key: CurveKey
+    prompts: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    speed: tuple[float, ...]
+
+    def __post_init__(self):
+        if not 1 <= self.key.steps <= _MAX_STEPS:
+            raise ValueError(f"steps={self.key.steps} must be from 1 to {_MAX_STEPS}")
+        if self.prompts < 1:
+            raise ValueError(f"prompts={self.prompts} must be at least 1")
+        for name in ("mean", "std", "speed"):
+            values = getattr(self, name)
+            if len(values) != self.key.steps:
+                raise ValueError(f"{name} has {len(values)} entries, must have {self.key.steps}")
+            if not all(0 <= value < math.inf for value in values):
+                raise ValueError(f"{name}={values} must be finite and not negative")
+
+    @classmethod
+    def from_distances(
+        cls,
+        key: CurveKey,
+        distances: Float[np.ndarray, "P steps"],
+        sigmas: Float[np.ndarray, " levels"],
+    ) -> "VelocityCurve":
+        """The curve of recorded distances.
+
+        Args:
+            key: the setting.
+            distances: ℓ_t of each prompt; column 0 is not read.
+            sigmas: noise levels of the schedule [steps + 1], step t starting at sigmas[t].
+
+        Raises:
+            ValueError: shapes that disagree with key.steps, fewer than 2 steps, or values that
+                are not finite and non-negative.
+        """
+        steps = key.steps
+        if distances.ndim != 2 or distances.shape[1] != steps or steps < 2:
+            raise ValueError(f"{distances.shape=} must be (prompts, {steps}), with 2 steps or more")
+        if len(sigmas) != steps + 1:
+            raise ValueError(f"{len(sigmas)=} must be {steps + 1}, one more than the steps")
+        distances = np.concatenate([distances[:, 1:2], distances[:, 1:]], 1).astype(np.float64)
+        mean = distances.mean(0)
+        curves = mean, distances.std(0), mean / step_lengths(sigmas)
+        return cls(key, len(distances), *(tuple(curve.tolist()) for curve in curves))
+
+    def check(self, key: CurveKey) -> None:
+        """Raises ValueError, naming both settings, unless the curve was recorded in this one."""
+        if self.key != key:
+            raise ValueError(
+                f"the velocity curve was recorded for {self.key}, not for {key}: record one for it "
+                "with `pasa-jax calibrate`, or sample without a curve"
+            )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes JSON, beside the target first, so that no reader sees half a file."""
+        path = Path(path)
+        text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text + "\n", encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "VelocityCurve":
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is not a velocity curve; the message says what is wrong.
+            OSError: the file cannot be read.
+        """
+        try:
+            with open(path, "rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+            if len(data) > _MAX_BYTES:
+                raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+            return _from_json(json.loads(data))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a velocity curve: {error}") from error
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draws ℓ_t with its spread over prompts, and the speed; the suffix chooses the format."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        upper, lower = figure.subplots(2, sharex=True)
+        step = np.arange(1, self.key.steps)
+        mean, std, speed = (np.asarray(x)[1:] for x in (self.mean, self.std, self.speed))
+        upper.plot(step, mean)
+        upper.fill_between(step, np.maximum(mean - std, 0), mean + std, alpha=0.3, linewidth=0)
+        upper.set(ylabel="mean |v_t − v_(t−1)|", title=f"{self.key.model}, {self.prompts} prompts")
+        lower.plot(step, speed)
+        lower.set(xlabel="step", ylabel="per unit of σ")
+        figure.savefig(path)
+
+
+def _from_json(record: Any) -> VelocityCurve:
+    """A curve from parsed JSON, every field of its type; ValueError says which is not."""
+    fields = _fields(record, "the file", {"format", "key", "prompts", "mean", "std", "speed"})
+    if fields["format"] != _FORMAT:
+        raise ValueError(f"format={fields['format']!r} must be {_FORMAT}")
+    key = _fields(fields["key"], "key", {field.name for field in dataclasses.fields(CurveKey)})
+    grid = _fields(key["grid"], "grid", {"frames", "rows", "columns"})
+    return VelocityCurve(
+        CurveKey(
+            model=_typed("model", key["model"], str),
+            grid=TokenGrid(**{name: _typed(name, value, int) for name, value in grid.items()}),
+            steps=_typed("steps", key["steps"], int),
+            sampler=_typed("sampler", key["sampler"], str),
+            shift=_number("shift", key["shift"]),
+            guidance=_number("guidance", key["guidance"]),
+        ),
+        _typed("prompts", fields["prompts"], int),
+        *(_numbers(name, fields[name]) for name in ("mean", "std", "speed")),
+    )
+
+
+def _fields(record: Any, name: str, expected: set[str]) -> dict[str, Any]:
+    if not isinstance(record, dict) or set(record) != expected:
+        raise ValueError(f"{name} must be an object with exactly {sorted(expected)}")
+    return record
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{name}={value!r:.40} must be a JSON value of type {kind.__name__}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) < 1e30:
+        raise ValueError(f"{name}={value!r:.40} must be a finite number")
+    return float(value)
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    return tuple(_number(name, value) for value in _typed(name, values, list))
