@@ -2,3 +2,12 @@
 
 if __name__ != "pasa_jax.convert":
     raise ImportError("import it as pasa_jax.convert, or its types exist twice")
+
+from pasa_jax.convert.checkpoint import (
+    Conversion,
+    convert_checkpoint,
+    export_diffusers,
+    load_model,
+)
+
+__all__ = ["Conversion", "convert_checkpoint", "export_diffusers", "load_model"]

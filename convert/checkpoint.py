@@ -1,0 +1,279 @@
+"""What a user calls: convert a checkpoint, load a model, export a model."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx, traverse_util
+from tqdm import tqdm
+
+from pasa_jax.convert import wan
+from pasa_jax.convert.reader import FLOATS, STEM, Source, open_source, read_json
+from pasa_jax.convert.rules import Parameter, assign, best_table, to_tensors
+from pasa_jax.convert.writer import CONFIG, PARAMS, write_checkpoint
+from pasa_jax.models.wan import Wan, WanConfig
+
+FORMAT = "pasa-jax checkpoint 1"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a conversion does, known from the headers alone.
+
+    Attributes:
+        source: the checkpoint's folder or file.
+        layout: "diffusers" or "original", by the tensors' names.
+        config: the architecture.
+        dtype: of the parameters that may be rounded; time embedding, norms, modulation and head
+            are float32 always, as the original computes them.
+        files, tensors, read_bytes: of the source.
+        parameters: what to write, by path.
+    """
+
+    source: Path
+    layout: str
+    config: WanConfig
+    dtype: str
+    files: int
+    tensors: int
+    read_bytes: int
+    parameters: Mapping[str, Parameter] = dataclasses.field(repr=False)
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.parameters.values())
+
+    def __str__(self) -> str:
+        kept = sum(p.nbytes for p in self.parameters.values() if p.dtype.name != self.dtype)
+        return (
+            f"{self.source}: Wan in {self.layout} layout, {self.config.num_layers} layers of "
+            f"width {self.config.dim}; {self.files} file(s), {self.tensors} tensors, "
+            f"{self.read_bytes:,} bytes\n"
+            f"→ {len(self.parameters)} parameters in {self.dtype}, {self.written_bytes:,} bytes"
+            + (f", {kept:,} of them kept in float32" if kept else "")
+        )
+
+
+def convert_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: Any = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> Conversion:
+    """Converts a PyTorch checkpoint of Wan 2.1 to an Orbax checkpoint, a tensor at a time.
+
+    Args:
+        src: a folder in diffusers layout (the transformer's or the pipeline's), a folder in the
+            original layout, or one file of weights; safetensors, or `.pth` and `.bin` with
+            PyTorch installed.
+        dst: the folder to write, absent or empty: config.json and params/, which Orbax restores.
+        dtype: of the parameters that may be rounded: "float32", "bfloat16" or "float16"; None
+            keeps the source's.
+        dry_run: only say what would happen, from the headers; nothing is written.
+        progress: print what happens, and a bar of bytes read and seconds.
+
+    Returns:
+        What was or would be done.
+
+    Raises:
+        FileNotFoundError: `src` or one of its shards does not exist.
+        FileExistsError: `dst` exists and is not an empty folder.
+        ValueError: `src` is no checkpoint of Wan, is damaged, or does not fit its config.json; one
+            message names all tensors that are missing, unexpected or misshapen.
+        OSError: less room on the disk than the result takes.
+        ImportError: a PyTorch file without PyTorch.
+    """
+    target = Path(dst).expanduser().resolve()
+    plan = plan_conversion(Path(src).expanduser(), dtype)
+    check_target(target, plan.written_bytes)
+    if progress:
+        print(plan, f"\n→ {target}" + (" (dry run: nothing written)" if dry_run else ""), sep="")
+    if not dry_run:
+        meta = {"format": FORMAT, "model": "Wan", "dtype": plan.dtype, "layout": plan.layout}
+        meta["config"] = dataclasses.asdict(plan.config)
+        with byte_bar(plan.read_bytes, "converting", progress) as bar:
+            write_checkpoint(target, plan.parameters, meta, bar.update)
+    return plan
+
+
+def load_model(path: str | Path, dtype: Any = None) -> Wan:
+    """Loads a model with its parameters on the default device.
+
+    Args:
+        path: a converted folder, or anything `convert_checkpoint` takes as its source; that is
+            converted in memory.
+        dtype: of the matrix products and of the parameters that may be rounded; None keeps the
+            stored one.
+
+    Returns:
+        The Flax module.
+
+    Raises:
+        As `convert_checkpoint`, but for the target.
+    """
+    path = Path(path).expanduser()
+    if is_converted(path):
+        return load_converted(path, dtype)
+    plan = plan_conversion(path, dtype)
+    values = {
+        name: jnp.asarray(parameter.array(lambda nbytes: None))
+        for name, parameter in plan.parameters.items()
+    }
+    return with_parameters(wan.abstract_model(plan.config, jnp.dtype(plan.dtype)), values)
+
+
+def export_diffusers(model: Wan, folder: str | Path) -> None:
+    """Writes a model in diffusers layout: config.json and one safetensors file.
+
+    Args:
+        model: its parameters are written in the dtypes they have.
+        folder: made if absent; the two files in it are replaced.
+    """
+    from safetensors.flax import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = to_tensors(
+        wan.flat_parameters(model), wan.TABLES["diffusers"], wan.transform_sizes(model.config)
+    )
+    save_file(tensors, folder / f"{STEM}.safetensors", metadata={"format": "pt"})
+    config = wan.diffusers_config(model.config)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def plan_conversion(src: Path, dtype: Any) -> Conversion:
+    """Reads the headers, finds table and config, and assigns every tensor its place."""
+    target_dtype = None if dtype is None else check_dtype(dtype)
+    if is_converted(src):
+        raise ValueError(f"{str(src)!r} is converted already, must be a PyTorch checkpoint")
+    source = open_source(src)
+    best = best_table(source.entries, wan.TABLES)
+    if best is None:
+        first = next(iter(source.entries), "none")
+        raise ValueError(
+            f"{str(src)!r} has no tensor of a Wan transformer among its {len(source.entries)}; "
+            f"the first is {first!r}"
+        )
+    layout, rules = best
+    try:
+        config = find_config(source)
+        shapes = wan.flat_parameters(wan.abstract_model(config, jnp.bfloat16))
+        sizes = wan.transform_sizes(config)
+        parameters = assign(source.entries, rules, wan.IGNORED, shapes, sizes)
+    except ValueError as error:
+        raise ValueError(f"{str(src)!r}: {error}") from None
+    name = target_dtype or stored_dtype(parameters)
+    return Conversion(
+        source=source.path,
+        layout=layout,
+        config=config,
+        dtype=name,
+        files=len(source.files),
+        tensors=len(source.entries),
+        read_bytes=sum(e.nbytes for p in parameters.values() for e in p.entries),
+        parameters={path: rounded(p, name) for path, p in parameters.items()},
+    )
+
+
+def find_config(source: Source) -> WanConfig:
+    """The architecture: from config.json, or a preset if its sizes match."""
+    if source.config is None:
+        if preset := wan.preset_of(source.entries):
+            return preset
+        raise ValueError("no config.json beside it, and not of the size of a released model")
+    config = wan.read_config(source.config)
+    if config.num_layers > len(source.entries):  # before anything is listed by layers
+        raise ValueError(f"{config.num_layers=} in config.json, but {len(source.entries)} tensors")
+    return config
+
+
+def check_dtype(dtype: Any) -> str:
+    """The name of a dtype that weights may be stored in."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in DTYPES:
+        raise ValueError(f"{dtype=} must be one of {', '.join(DTYPES)}")
+    return name
+
+
+def may_round(parameter: Parameter) -> bool:
+    """Whether the model lets this parameter be other than f32, as planned for bf16."""
+    return parameter.dtype == jnp.bfloat16
+
+
+def rounded(parameter: Parameter, dtype: str) -> Parameter:
+    """The parameter in the chosen dtype if it may be rounded."""
+    if not may_round(parameter):
+        return parameter
+    return dataclasses.replace(parameter, dtype=np.dtype(jnp.dtype(dtype)))
+
+
+def stored_dtype(parameters: Mapping[str, Parameter]) -> str:
+    """The dtype that loses nothing of the parameters that may be rounded."""
+    found = {
+        FLOATS[entry.dtype] for p in parameters.values() if may_round(p) for entry in p.entries
+    }
+    return jnp.dtype(found.pop()).name if len(found) == 1 else "float32"
+
+
+def check_target(target: Path, nbytes: int) -> None:
+    """Refuses a target that holds something, or a disk that cannot hold the result."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{str(target)!r} exists, must be absent or an empty folder")
+    parent = next(folder for folder in target.parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise OSError(f"{str(target)!r} needs {nbytes:,} bytes, {free:,} are free")
+
+
+def byte_bar(total: int, title: str, show: bool) -> tqdm:
+    """A bar of bytes and seconds."""
+    return tqdm(
+        total=total, desc=title, unit="B", unit_scale=True, disable=not show, mininterval=0.5
+    )
+
+
+def is_converted(path: Path) -> bool:
+    """Whether a folder is what `convert_checkpoint` writes."""
+    config = path / CONFIG
+    return config.is_file() and read_json(config).get("format") == FORMAT
+
+
+def load_converted(path: Path, dtype: Any) -> Wan:
+    """Restores a converted folder through Orbax, cast on the way."""
+    meta = read_json(path / CONFIG)
+    if not (path / PARAMS).is_dir():
+        raise ValueError(f"{str(path)!r} has no {PARAMS}/ and must be converted again")
+    config = {**meta["config"], "patch": tuple(meta["config"]["patch"])}
+    name = check_dtype(meta["dtype"] if dtype is None else dtype)
+    model = wan.abstract_model(WanConfig(**config), jnp.dtype(name))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {
+        key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for key, leaf in wan.flat_parameters(model).items()
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            (path / PARAMS).resolve(), traverse_util.unflatten_dict(target, sep="/")
+        )
+    return with_parameters(model, traverse_util.flatten_dict(restored, sep="/"))
+
+
+def with_parameters(model: Wan, values: Mapping[str, Any]) -> Wan:
+    """The abstract model with these parameters in it."""
+    graph, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    filled = [(path, leaf.replace(values["/".join(map(str, path))])) for path, leaf in flat]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
