@@ -1,0 +1,228 @@
+"""What can be asked of a checkpoint: its card, read without its weights, and checked settings."""
+
+import dataclasses
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from pasa_jax.calibration import CurveKey
+from pasa_jax.grid import TokenGrid
+from pasa_jax.models.wan import ROPE_POSITIONS, WanConfig
+from pasa_jax.sampling import check_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a run samples.
+
+    Attributes:
+        steps: denoising steps.
+        shift: timestep shift, see `sampling.make_schedule`.
+        guidance: weight of classifier-free guidance, 0 or more; 1 runs without the second branch.
+        sampler: "unipc" or "euler".
+        frames: video frames.
+        width, height: of the video, pixels.
+    """
+
+    steps: int
+    shift: float
+    guidance: float
+    sampler: str
+    frames: int
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A checkpoint's facts, without its weights.
+
+    Attributes:
+        name: in file names, curves and messages.
+        folder: the converted checkpoint; for `tiny` the shipped one.
+        config: the transformer's architecture.
+        cell: frames, rows and columns of the video that one latent cell holds.
+        causal: the first frame has a latent frame of its own, as in Wan's VAE.
+        complete: text encoder and codec are there; otherwise prompts come as states and a run
+            ends in latents.
+        fps: frames a second of the written video.
+        defaults: settings where none are asked for.
+    """
+
+    name: str
+    folder: Path
+    config: WanConfig
+    cell: tuple[int, int, int]
+    causal: bool
+    complete: bool
+    fps: float
+    defaults: Settings
+
+    def settings(self, **asked) -> Settings:
+        """The defaults with what was asked for in their place.
+
+        Args:
+            asked: fields of `Settings`; None keeps the default.
+
+        Raises:
+            ValueError: a value out of range, or a size or frame count that no grid of latents
+                holds; the message names the nearest that one does.
+        """
+        asked = {key: value for key, value in asked.items() if value is not None}
+        settings = dataclasses.replace(self.defaults, **asked)
+        check_schedule(settings.sampler, settings.steps, settings.shift)
+        if not 0 <= settings.guidance < math.inf:
+            raise ValueError(f"guidance={settings.guidance} must be 0 or more; 1 means no guidance")
+        self.grid(settings)
+        return settings
+
+    def grid(self, settings: Settings) -> TokenGrid:
+        """The transformer's tokens.
+
+        Raises:
+            ValueError: a size that no grid holds; the message names the nearest that one does.
+        """
+        grid = TokenGrid.for_video(
+            settings.frames,
+            settings.height,
+            settings.width,
+            strides=self.cell,
+            patch=self.config.patch,
+            first_frame_alone=self.causal,
+        )
+        for name, count in dataclasses.asdict(grid).items():
+            if count > ROPE_POSITIONS:
+                raise ValueError(
+                    f"{name}={count} tokens must be at most {ROPE_POSITIONS}: ask for a smaller "
+                    f"video than {settings.width}x{settings.height}, {settings.frames} frames"
+                )
+        return grid
+
+    def latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
+        """F, Y, X, C of one video's latents."""
+        tokens = dataclasses.astuple(self.grid(settings))
+        sizes = (n * p for n, p in zip(tokens, self.config.patch, strict=True))
+        return *sizes, self.config.in_channels
+
+    def curve_key(self, settings: Settings) -> CurveKey:
+        """What a velocity curve must have been recorded for."""
+        s = settings
+        return CurveKey(self.name, self.grid(s), s.steps, s.sampler, s.shift, s.guidance)
+
+    def block(self, settings: Settings) -> int:
+        """Tokens a block where none is asked for: 64 as published, 16 below 4,096 tokens."""
+        return 64 if self.grid(settings).num_tokens >= 4096 else 16
+
+
+def check_prompts(prompts: list[str]) -> None:
+    """Raises ValueError for no prompts at all or an empty one."""
+    if not prompts:
+        raise ValueError(f"{prompts=} must hold at least one prompt")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise ValueError(f"{prompt=} must hold at least one word")
+
+
+def check_seeds(seeds: list[int]) -> None:
+    """Raises ValueError for a seed that is no unsigned 32-bit number."""
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{seed=} must be from 0 to {2**32 - 1}")
+
+
+def read_card(model: str | Path) -> Card:
+    """The card of "tiny", or of a folder with a checkpoint; reads no weights.
+
+    Args:
+        model: "tiny", a folder that `pasa-jax convert` wrote, or anything it takes as its source.
+
+    Raises:
+        ValueError: none of these; the message says what is wrong.
+    """
+    from pasa_jax.models import tiny
+
+    folder = tiny.WEIGHTS if str(model) == "tiny" else Path(model)
+    if not folder.exists():
+        raise ValueError(f"model={str(model)!r} must be 'tiny' or an existing folder")
+    codec = folder / "vae" / "config.json"
+    if codec.is_file() and "TinyCodec" in codec.read_text():
+        return _tiny_card(folder)
+    return _wan_card(folder)
+
+
+def _tiny_card(folder: Path) -> Card:
+    config = _read_config(folder / "transformer")
+    defaults = Settings(20, 3.0, 2.5, "unipc", 16, 128, 128)
+    return Card("tiny", folder, config, (4, 4, 4), False, True, 8.0, defaults)
+
+
+def _wan_card(folder: Path) -> Card:
+    """Defaults are those the published code recommends for the two sizes."""
+    config = _read_config(folder)
+    if config.dim <= WanConfig.t2v_1_3b().dim:
+        defaults = Settings(50, 8.0, 6.0, "unipc", 81, 832, 480)
+    else:
+        defaults = Settings(50, 5.0, 5.0, "unipc", 81, 1280, 720)
+    return Card(folder.resolve().name, folder, config, (4, 8, 8), True, False, 16.0, defaults)
+
+
+def _read_config(folder: Path) -> WanConfig:
+    from pasa_jax.convert.checkpoint import is_converted, plan_conversion, read_json
+
+    try:
+        if is_converted(folder):
+            config = read_json(folder / "config.json")["config"]
+            return WanConfig(**{**config, "patch": tuple(config["patch"])})
+        return plan_conversion(folder, None).config
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ValueError(f"model={str(folder)!r} must be a checkpoint of Wan: {error}") from error
+
+
+def read_states(path: str | Path, config: WanConfig) -> Float[np.ndarray, "E D"]:
+    """A prompt's text states from .npy, .npz or .safetensors holding one array.
+
+    Args:
+        path: the file; nothing in it is executed.
+        config: its width and number of text tokens are checked.
+
+    Returns:
+        f32 states.
+
+    Raises:
+        ValueError: no such file, another kind of file, not one array of finite numbers [E, D].
+    """
+    path = Path(path)
+    try:
+        arrays = _read_arrays(path)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"prompt states {str(path)!r} could not be read: {error}") from error
+    if len(arrays) != 1:
+        raise ValueError(f"prompt states {str(path)!r} hold {len(arrays)} arrays, must be one")
+    (states,) = arrays
+    rule = f"at most {config.text_len} tokens of width {config.text_dim}"
+    fits = states.ndim == 2 and 0 < states.shape[0] <= config.text_len
+    if not fits or states.shape[1] != config.text_dim:
+        raise ValueError(f"prompt states {str(path)!r} have shape {states.shape}, must be {rule}")
+    if states.dtype.kind not in "fV" or not np.isfinite(states.astype(np.float32)).all():
+        raise ValueError(f"prompt states {str(path)!r} must be finite floating-point numbers")
+    return states.astype(np.float32)
+
+
+def _read_arrays(path: Path) -> list[np.ndarray]:
+    if path.suffix == ".npy":
+        return [np.load(path, allow_pickle=False)]
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return [file[name] for name in file.files]
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return list(load_file(path).values())
+        except SafetensorError as error:
+            raise ValueError(error) from error
+    raise ValueError("it must end in .npy, .npz or .safetensors")
