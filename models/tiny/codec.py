@@ -30,7 +30,7 @@ class Codec:
         decoder: f32 [16, 192]; decoder @ encoder is the identity.
     """
 
-    mean: Float[np.ndarray, "P"]
+    mean: Float[np.ndarray, " P"]
     encoder: Float[np.ndarray, "P C"]
     decoder: Float[np.ndarray, "C P"]
 

@@ -37,7 +37,7 @@ class TextEncoder:
         return np.where((ids == PAD)[..., None], np.float32(0), states)
 
 
-def word_ids(prompt: str) -> Int[np.ndarray, "E"]:
+def word_ids(prompt: str) -> Int[np.ndarray, " E"]:
     """int32 [MAX_WORDS]: rows of the table of words, PAD beyond the prompt; "" is one NULL.
 
     Raises:

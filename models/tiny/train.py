@@ -1,0 +1,381 @@
+"""Trains tiny on made-up scenes, in pieces: run it again and it goes on where it stopped.
+
+python -m pasa_jax.models.tiny.train --out runs/tiny --minutes 9
+"""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from pasa_jax.models.tiny import codec, scenes, text
+from pasa_jax.models.wan import ROPE_THETA, Wan, WanConfig
+
+AVERAGE_DECAY = 0.998  # of the parameters that are shipped
+LOG_STEPS = 50
+NEARNESS = 2.0  # how strongly heads start to look near, in standard deviations of their queries
+_NEAR = ((0, 1, 1), (1, 1, 0), (1, 0, 1), (1, 1, 1))  # axes (frames, rows, columns) of each kind
+NULL_SHARE = 0.1  # prompts replaced by "no prompt", for guidance
+
+
+class Stage(NamedTuple):
+    """Part of the schedule.
+
+    Attributes:
+        steps: how many.
+        grids: token grids (frames, rows, columns), taken in turn.
+        batch: videos a step on the first grid; larger grids take as many tokens, at least one.
+    """
+
+    steps: int
+    grids: tuple[tuple[int, int, int], ...]
+    batch: int
+
+
+SCHEDULE = (
+    Stage(3000, ((2, 8, 8),), 8),
+    Stage(1500, ((2, 8, 8), (4, 8, 8)), 8),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the training command.
+
+    Attributes:
+        out: folder of the run: checkpoints, history.json, loss.png.
+        minutes: stop after this long, the last checkpoint written; run again to go on.
+        export: write the averaged weights here, laid out as a diffusers pipeline, and stop.
+        seed: of the weights and of every batch.
+        learning_rate: of Muon, for the matrices of the layers.
+        adam_learning_rate: of Adam, for everything else.
+    """
+
+    out: Path
+    minutes: float = 9.0
+    export: Path | None = None
+    seed: int = 0
+    learning_rate: float = 0.02
+    adam_learning_rate: float = 2e-3
+
+
+def architecture() -> WanConfig:
+    """tiny's transformer."""
+    return WanConfig(
+        in_channels=codec.CHANNELS,
+        out_channels=codec.CHANNELS,
+        patch=(1, 2, 2),
+        dim=128,
+        num_heads=2,
+        num_layers=4,
+        ffn_dim=512,
+        freq_dim=256,
+        text_dim=64,
+        text_len=text.MAX_WORDS,
+        eps=1e-6,
+    )
+
+
+def init_params(config: WanConfig, seed: int):
+    """The transformer's graph, and its parameters with those of the text table."""
+    model = Wan(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    graph, params = nnx.split(model, nnx.Param)
+    rng = np.random.default_rng(seed)
+    # Wan starts these at 0.02; so narrow a start costs a small model hundreds of steps.
+    for name in ("text_in", "text_out", "time_in", "time_out"):
+        kernel = params[name]["kernel"]
+        width = kernel.get_value().shape[0]
+        kernel.set_value(
+            jnp.asarray(rng.normal(size=kernel.get_value().shape) / width**0.5, jnp.float32)
+        )
+    _look_near(params["blocks"]["self_attn"], config)
+    words = rng.normal(size=(len(scenes.WORDS) + 1, config.text_dim))
+    places = rng.normal(size=(text.MAX_WORDS, config.text_dim))
+    table = {"words": jnp.asarray(words, jnp.float32), "places": jnp.asarray(places, jnp.float32)}
+    return graph, {"wan": nnx.to_pure_dict(params), "text": table}
+
+
+def _look_near(attention, config: WanConfig) -> None:
+    """Starts every head with a place to look at: near in the axes of its kind, anywhere in others.
+
+    The query and key biases get the same vector, so that after rotation their product depends on
+    the distance alone. Left at zero, heads take most of a run to find their neighbours.
+    """
+    pairs = config.head_dim // 2
+    shares = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    frequencies = [ROPE_THETA ** (-np.arange(share) / share) for share in shares]
+    bias = np.zeros((config.num_layers, config.num_heads, 2, pairs), np.float32)
+    for layer, head in np.ndindex(bias.shape[:2]):
+        near = _NEAR[(layer * config.num_heads + head) % len(_NEAR)]
+        bias[layer, head, 0] = np.concatenate(
+            [NEARNESS * on * (f > 0.05) for on, f in zip(near, frequencies, strict=True)]
+        )
+    bias = jnp.asarray(bias.reshape(config.num_layers, config.dim))
+    attention["q"]["bias"].set_value(bias)
+    attention["k"]["bias"].set_value(bias)
+
+
+def matrices(params):
+    """Muon's axes for the stacked matrices of the layers, None (Adam) for the rest."""
+
+    def axes(path, leaf):
+        names = [str(getattr(key, "key", key)) for key in path]
+        if "blocks" in names and names[-1] == "kernel":
+            return optax.contrib.MuonDimensionNumbers(1, 2)
+        return None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+    """Muon and Adam, 100 steps of warm-up, linear decay over the last 40 %."""
+
+    def rate(peak):
+        warm, flat = 100, int(0.6 * steps)
+        return optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, peak, warm),
+                optax.constant_schedule(peak),
+                optax.linear_schedule(peak, 0.02 * peak, steps - flat),
+            ],
+            [warm, flat],
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            rate(config.learning_rate),
+            adam_learning_rate=rate(config.adam_learning_rate),
+            adam_b2=0.98,
+            muon_weight_dimension_numbers=matrices,
+        ),
+    )
+
+
+def make_batch(the_codec, grid, batch: int, seed):
+    """Latents, word ids, noise and noise levels' base of one step; all from the seed."""
+    rng = np.random.default_rng(seed)
+    frames, height, width = (n * p for n, p in zip(grid, (4, 8, 8), strict=True))
+    ids, videos = [], []
+    for _ in range(batch):
+        scene = scenes.random_scene(rng)
+        ids.append(text.word_ids("" if rng.random() < NULL_SHARE else scene.prompt))
+        videos.append(scenes.render(scene, frames, height, width, rng.integers(2**31)))
+    latents = the_codec.encode(np.stack(videos))
+    noise = rng.standard_normal(latents.shape, np.float32)
+    even = (rng.permutation(batch) + rng.random(batch)) / batch  # stratified in (0, 1)
+    return latents, np.stack(ids), noise, even.astype(np.float32)
+
+
+def noise_shift(grid) -> float:
+    """Shift of the noise levels: 3 at 128 tokens, and larger where more tokens outvote the noise."""
+    return 3.0 * (math.prod(grid) / 128) ** 0.25
+
+
+def loss_of(params, graph, latents, ids, noise, even, shift):
+    """Mean squared error of the velocity; also the error of each video."""
+    sigma = shift * even / (1 + (shift - 1) * even)
+    level = sigma[:, None, None, None, None]
+    table = params["text"]
+    states = table["words"][ids] + table["places"][None]
+    states = jnp.where((ids == text.PAD)[..., None], jnp.float32(0), states)
+    model = nnx.merge(graph, params["wan"])
+    velocity, _ = model((1 - level) * latents + level * noise, 1000 * sigma, states)
+    errors = jnp.mean((velocity - (noise - latents)) ** 2, axis=(1, 2, 3, 4))
+    return jnp.mean(errors), errors
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds: parameters, the optimizer's state, and the averaged parameters."""
+
+    params: Any
+    optimizer: Any
+    average: Any
+
+
+def make_step(graph, optimizer):
+    """One jitted update: state, step number and a batch → state and the loss."""
+
+    def update(state, number, latents, ids, noise, even, shift):
+        loss, gradients = jax.value_and_grad(loss_of)(
+            state.params, graph, latents, ids, noise, even, shift
+        )
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(AVERAGE_DECAY, (1 + number) / (10 + number))
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
+        return TrainState(params, optimizer_state, average), loss
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def stage_at(step: int) -> tuple[int, Stage]:
+    """The stage a step belongs to, and its number; the last one goes on for ever."""
+    end = 0
+    for number, stage in enumerate(SCHEDULE):
+        end += stage.steps
+        if step < end:
+            break
+    return number, stage
+
+
+def batch_at(the_codec, seed: int, step: int):
+    """The batch of a step: grid, and what `make_batch` gives."""
+    _, stage = stage_at(step)
+    grid = stage.grids[step % len(stage.grids)]
+    budget = stage.batch * math.prod(stage.grids[0])
+    batch = max(1, budget // math.prod(grid))
+    return grid, make_batch(the_codec, grid, batch, (seed, step))
+
+
+def train(config: TrainConfig) -> None:
+    """Goes on with the run in `config.out` until its time is over or the schedule's end."""
+    total = sum(stage.steps for stage in SCHEDULE)
+    config.out.mkdir(parents=True, exist_ok=True)
+    graph, params = init_params(architecture(), config.seed)
+    optimizer = make_optimizer(config, total)
+    # The average starts as a copy: the update donates its input, which must not hold one twice.
+    state = TrainState(params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+    history = History.read(config.out / "history.json")
+    with ocp.CheckpointManager(
+        (config.out / "checkpoints").absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=2),
+    ) as manager:
+        step = manager.latest_step() or 0
+        if step:
+            state = manager.restore(step, args=ocp.args.StandardRestore(state))
+            state = jax.tree.map(jnp.asarray, state)
+        history.forget_after(step)
+        state, step = _run(config, graph, optimizer, state, step, total, history)
+        if step != manager.latest_step():
+            manager.save(step, args=ocp.args.StandardSave(state))
+        manager.wait_until_finished()
+    history.write(config.out / "history.json")
+    plot(history, config.out / "loss.png")
+    if step < total:
+        print(f"stopped at step {step} of {total}; the same command goes on from here")
+    else:
+        print(f"all {total} steps done; --export DIR writes the weights")
+
+
+def _run(config, graph, optimizer, state, step, total, history):
+    """Steps until the time is over; returns the state and the step reached."""
+    the_codec = codec.fit()
+    update = make_step(graph, optimizer)
+    begin = mark = time.monotonic()
+    losses = []
+    with tqdm(total=total, initial=step, desc="training tiny", unit="step") as bar:
+        while step < total and time.monotonic() - begin < 60 * config.minutes:
+            grid, batch = batch_at(the_codec, config.seed, step)
+            state, loss = update(state, jnp.float32(step), *batch, noise_shift(grid))
+            losses.append(float(loss))
+            step += 1
+            bar.update()
+            if step % LOG_STEPS == 0:
+                now = time.monotonic()
+                history.add(step, float(np.mean(losses)), (now - mark) / 60)
+                bar.set_postfix(loss=f"{np.mean(losses):.3f}", grid="x".join(map(str, grid)))
+                losses, mark = [], now
+    return state, step
+
+
+@dataclasses.dataclass
+class History:
+    """Loss over the run, one entry every LOG_STEPS steps: the step it ends at, mean loss, minutes."""
+
+    steps: list[int] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    minutes: list[float] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> "History":
+        """What `write` wrote; an empty history where there is none."""
+        return cls(**json.loads(path.read_text())["curve"]) if path.exists() else cls()
+
+    def add(self, step: int, loss: float, minutes: float) -> None:
+        """Appends an entry."""
+        self.steps.append(step)
+        self.losses.append(round(loss, 4))
+        self.minutes.append(round(minutes, 3))
+
+    def forget_after(self, step: int) -> None:
+        """Drops entries of steps that no checkpoint kept."""
+        keep = sum(s <= step for s in self.steps)
+        self.steps, self.losses, self.minutes = (
+            values[:keep] for values in (self.steps, self.losses, self.minutes)
+        )
+
+    def write(self, path: Path) -> None:
+        """Writes the curve, and a summary of every stage, as JSON."""
+        path.write_text(json.dumps({"stages": self.stages(), "curve": vars(self)}) + "\n")
+
+    def stages(self) -> list[dict]:
+        """Steps, videos, minutes and last loss of each stage begun."""
+        table = []
+        for number, stage in enumerate(SCHEDULE):
+            rows = [
+                (loss, minutes)
+                for step, loss, minutes in zip(self.steps, self.losses, self.minutes, strict=True)
+                if stage_at(step - 1)[0] == number
+            ]
+            if rows:
+                steps = len(rows) * LOG_STEPS
+                tokens = steps * stage.batch * math.prod(stage.grids[0])
+                videos = sum(tokens / len(stage.grids) / math.prod(grid) for grid in stage.grids)
+                table.append(
+                    {
+                        "grids": stage.grids,
+                        "steps": steps,
+                        "videos": round(videos),
+                        "minutes": round(sum(minutes for _, minutes in rows), 1),
+                        "last_loss": rows[-1][0],
+                    }
+                )
+        return table
+
+
+def plot(history: History, path: Path) -> None:
+    """Draws the loss over the steps."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(history.steps, history.losses, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss (velocity, mean square)", yscale="log")
+    axes.set_title("training of tiny; the loss of larger grids is lower for the same quality")
+    figure.savefig(path, dpi=100)
+
+
+def export(config: TrainConfig) -> None:
+    """Writes the last checkpoint's averaged weights, in float16, as a diffusers pipeline.
+
+    Raises:
+        ValueError: the run has no checkpoint.
+    """
+    # The converter stands above the models; only this command needs it.
+    from pasa_jax.convert.checkpoint import export_diffusers
+
+    architecture_ = architecture()
+    graph, params = init_params(architecture_, config.seed)
+    with ocp.CheckpointManager((config.out / "checkpoints").absolute()) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(f"out={str(config.out)!r} must hold a checkpoint; train first")
+        shapes = TrainState(params, make_optimizer(config, 1000).init(params), params)
+        average = manager.restore(step, args=ocp.args.StandardRestore(shapes)).average
+    model = nnx.merge(graph, average["wan"])
+    folder = config.export
+    export_diffusers(model, folder / "transformer")
+    text.save(
+        text.TextEncoder(**jax.tree.map(np.asarray, average["text"])), folder / "text_encoder"
+    )
+    codec.save(codec.fit(), folder / "vae")
