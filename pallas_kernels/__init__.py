@@ -1,6 +1,30 @@
 """Block-sparse attention on arrays: the public operations and one implementation a file."""
 
 if __name__ != "pasa_jax.pallas_kernels":
-    raise ImportError("import it as pasa_jax.pallas_kernels, or its types exist twice")
-        "import it as pasa_jax.pallas_kernels: a second copy would have types of its own"
+    raise ImportError(
+        "import pasa_jax.pallas_kernels: a second copy of its modules would not share their types"
     )
+
+from pasa_jax.pallas_kernels.api import (
+    block_covariance_norm,
+    block_sparse_attention,
+    block_statistics,
+    dense_attention,
+)
+from pasa_jax.pallas_kernels.blocks import (
+    BlockIndex,
+    BlockStatistics,
+    block_lengths,
+    num_blocks,
+)
+
+__all__ = [
+    "BlockIndex",
+    "BlockStatistics",
+    "block_covariance_norm",
+    "block_lengths",
+    "block_sparse_attention",
+    "block_statistics",
+    "dense_attention",
+    "num_blocks",
+]

@@ -55,3 +55,13 @@ def block_lengths(
     end = jnp.minimum(end, tokens).astype(jnp.int32)
     start = jnp.arange(num_blocks(tokens, block), dtype=jnp.int32) * block
     return jnp.clip(end[:, None] - start[None, :], 0, block)
+
+
+def group_count(blocks: int, group: int) -> int:
+    """Groups that cover `blocks` key blocks; the last one may hold fewer."""
+    return -(-blocks // group)
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The type sums and softmax run in: float32, or float64 for float64 input."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -1,0 +1,304 @@
+"""The public operations: checks, and the choice of the implementation that runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pasa_jax.pallas_kernels import xla
+from pasa_jax.pallas_kernels.blocks import BlockIndex, BlockStatistics, group_count, num_blocks
+
+FLOAT_TYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | None) -> None:
+    """Raises ValueError unless q [B, T, N, H], k and v [B, S, N, H] and kv_length [B] agree."""
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"{q.shape=} must be [B, T, N, H] with no axis of size 0")
+    want = (q.shape[0], *k.shape[1:2], *q.shape[2:])
+    if k.ndim != 4 or k.shape != want or 0 in k.shape:
+        raise ValueError(f"{k.shape=} must be [B, S, N, H] with B, N and H of {q.shape=}")
+    if v.shape != k.shape:
+        raise ValueError(f"{v.shape=} must be {k.shape=}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype.name not in FLOAT_TYPES:
+        raise ValueError(
+            f"q, k, v have {q.dtype.name=}, {k.dtype.name=}, {v.dtype.name=}; "
+            f"they must be one of {', '.join(FLOAT_TYPES)}, the same for all"
+        )
+    if kv_length is None:
+        return
+    if kv_length.shape != q.shape[:1] or not jnp.issubdtype(kv_length.dtype, jnp.integer):
+        raise ValueError(f"{kv_length=} must be integers [B], B = {q.shape[0]}")
+
+
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError unless every size is at least 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+
+
+def check_blocks(blocks: BlockIndex, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless ids are int32 [B, N, I, L] and count int32 [B, N, I]."""
+    ids, count = blocks
+    if ids.ndim != 4 or ids.shape[:3] != shape or ids.shape[3] < 1:
+        raise ValueError(f"{ids.shape=} must be [B, N, I, L] with [B, N, I] = {shape} and L ≥ 1")
+    if count.shape != shape:
+        raise ValueError(f"{count.shape=} must be [B, N, I] = {shape}")
+    if ids.dtype != jnp.int32 or count.dtype != jnp.int32:
+        raise ValueError(f"{ids.dtype=} and {count.dtype=} must be int32")
+
+
+def check_tail(tail: BlockStatistics | None, order: int, shape: tuple[int, int, int, int]) -> None:
+    """Raises ValueError unless the statistics fit key blocks of `shape` [B, N, J, H]."""
+    if order not in (0, 1):
+        raise ValueError(f"{order=} must be 0 or 1")
+    if tail is None:
+        return
+    b, n, j, h = shape
+    if tail.key_mean.shape != shape or tail.value_sum.shape != shape or tail.length.shape != (b, j):
+        raise ValueError(
+            f"{tail.key_mean.shape=} must be [B, N, J, H] = {shape}: block_kv differs?"
+        )
+    want = (b, n, group_count(j, tail.group), h, h)
+    if tail.covariance.shape != want:
+        raise ValueError(f"{tail.covariance.shape=} must be [B, N, G, H, H] = {want}")
+
+
+def _cudnn_dense_attention(q, k, v, *, kv_length, scale, return_lse):
+    """cuDNN's fused attention; everything it does not take goes to the next implementation."""
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"needs an NVIDIA GPU, the backend is {jax.default_backend()}")
+    if return_lse:
+        raise NotImplementedError("its log-sum-exp is rounded to q.dtype")
+    try:
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, key_value_seq_lengths=kv_length, implementation="cudnn"
+        )
+    except (ValueError, RuntimeError) as error:
+        raise NotImplementedError(str(error)) from error
+
+
+IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
+    "block_sparse_attention": {"xla": xla.block_sparse_attention},
+    "block_statistics": {"xla": xla.block_statistics},
+    "block_covariance_norm": {"xla": xla.block_covariance_norm},
+    "dense_attention": {"cudnn": _cudnn_dense_attention, "xla": xla.dense_attention},
+}
+# By platform, best first; an operation's table may lack some of them.
+PREFERENCE = {"gpu": ("cudnn", "xla")}
+
+
+def _dispatch(operation: str, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Runs the named implementation, or the platform's first that does not refuse."""
+    table = IMPLEMENTATIONS[operation]
+    if implementation is not None and implementation not in table:
+        raise ValueError(f"{implementation=} must be one of {', '.join(table)}, or None")
+    names = PREFERENCE.get(jax.default_backend(), ("xla",))
+    names = (
+        [name for name in names if name in table] if implementation is None else [implementation]
+    )
+    reasons = []
+    for name in names:
+        try:
+            return table[name](*args, **kwargs)
+        except NotImplementedError as reason:
+            reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(f"no implementation of {operation} runs here; " + "; ".join(reasons))
+
+
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    blocks: BlockIndex,
+    *,
+    block_q: int,
+    block_kv: int,
+    tail: BlockStatistics | None = None,
+    order: int = 1,
+    kv_length: Int[Array, " B"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Softmax attention of each query block over its listed key blocks, and a tail for the rest.
+
+    Args:
+        q, k, v: projected tokens after rotation, all of one dtype. T and S need not be multiples of
+            the block sizes, and need not be equal.
+        blocks: distinct key blocks of each query block; I = ceil(T / block_q). Ids beyond `count`
+            may hold anything. A count of 0 is legal.
+        block_q, block_kv: tokens per query block and per key block.
+        tail: statistics of all key blocks (`block_statistics` with the same block_kv and
+            kv_length); blocks not listed are then replaced by their Taylor expansion. None drops
+            them and renormalises over the listed ones.
+        order: order of that expansion, 0 or 1.
+        kv_length: valid keys of each batch row, from the start; None means all S.
+        scale: factor on q·k; None means H^-1/2.
+        return_lse: also return the log-sum-exp.
+        implementation: "xla"; None picks the best that runs here.
+
+    Returns:
+        Attention output in q.dtype, accumulated in float32 (float64 for float64 input). With
+        `return_lse` also the natural logarithm of the denominator, tail included, [B, T, N] in the
+        accumulation type. Rows that see no key at all (count 0 without a tail, kv_length 0) get
+        output 0 and log-sum-exp -inf. NaN in a key block that is not listed stays out of the
+        output when tail is None; with a tail it is part of the statistics. NaN in a query row
+        reaches that row alone. Only dense attention has a gradient: the number of listed blocks
+        visited is data.
+
+    Raises:
+        ValueError: shapes, dtypes, block sizes or `order` do not fit together.
+        NotImplementedError: no implementation runs on this backend; the message has all reasons.
+
+    Source: PISA (arXiv:2602.01077), one group; PASA (arXiv:2604.12219), groups of 32 blocks. The
+    tail's mass is rescaled with the running maximum, which PISA's released kernel leaves out.
+    """
+    check_qkv(q, k, v, kv_length)
+    check_positive(block_q=block_q, block_kv=block_kv)
+    b, t, n, h = q.shape
+    check_blocks(blocks, (b, n, num_blocks(t, block_q)))
+    check_tail(tail, order, (b, n, num_blocks(k.shape[1], block_kv), h))
+    return _dispatch(
+        "block_sparse_attention",
+        implementation,
+        q,
+        k,
+        v,
+        blocks,
+        block_q=block_q,
+        block_kv=block_kv,
+        tail=tail,
+        order=order,
+        kv_length=kv_length,
+        scale=scale,
+        return_lse=return_lse,
+    )
+
+
+def block_statistics(
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    *,
+    block_kv: int,
+    group: int,
+    kv_length: Int[Array, " B"] | None = None,
+    implementation: str | None = None,
+) -> BlockStatistics:
+    """Key means, value sums and lengths of the key blocks, and first-order matrices of the groups.
+
+    Args:
+        k, v: keys after rotation, and values.
+        block_kv: tokens per key block.
+        group: blocks per group; the number of key blocks or more means one group.
+        kv_length: valid keys of each batch row, from the start; None means all S.
+        implementation: "xla"; None picks the best that runs here.
+
+    Returns:
+        Statistics in float32 (float64 for float64 input). Tokens beyond kv_length count nowhere;
+        NaN in a valid token reaches its block's mean or sum and its group's matrix.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or a size is below 1.
+
+    Source: PISA (arXiv:2602.01077) with one group; PASA (arXiv:2604.12219) with groups of 32.
+    """
+    check_qkv(k, k, v, kv_length)
+    check_positive(block_kv=block_kv, group=group)
+    return _dispatch(
+        "block_statistics",
+        implementation,
+        k,
+        v,
+        block_kv=block_kv,
+        group=group,
+        kv_length=kv_length,
+    )
+
+
+def block_covariance_norm(
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    *,
+    block_kv: int,
+    group: int,
+    kv_length: Int[Array, " B"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B N J"]:
+    """How far each block's first-order matrix lies from its group's mean, ‖H_j − H̄_j‖_F.
+
+    H_j = Σ_n (k_n − kbar_j)ᵀ v_n over the block's valid tokens; H̄_j = len_j / T_g · Σ_{i∈g} H_i is
+    the group's mean for a block of that length. It is the error of the grouped expansion, and the
+    covariance term of the routing score.
+
+    Args:
+        k, v: keys after rotation, and values.
+        block_kv: tokens per key block.
+        group: blocks per mean; the number of key blocks or more means one mean for all.
+        kv_length: valid keys of each batch row, from the start; None means all S.
+        implementation: "xla"; None picks the best that runs here.
+
+    Returns:
+        Frobenius norms in float32 (float64 for float64 input); 0 for a block with no valid token.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or a size is below 1.
+
+    Source: PISA (arXiv:2602.01077), covariance-aware routing.
+    """
+    check_qkv(k, k, v, kv_length)
+    check_positive(block_kv=block_kv, group=group)
+    return _dispatch(
+        "block_covariance_norm",
+        implementation,
+        k,
+        v,
+        block_kv=block_kv,
+        group=group,
+        kv_length=kv_length,
+    )
+
+
+def dense_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    *,
+    kv_length: Int[Array, " B"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Softmax attention over all keys: cuDNN on a GPU where it accepts, streaming jnp elsewhere.
+
+    Args:
+        q, k, v: projected tokens after rotation, all of one dtype.
+        kv_length: valid keys of each batch row, from the start; None means all S.
+        scale: factor on q·k; None means H^-1/2.
+        return_lse: also return the log-sum-exp.
+        implementation: "cudnn" or "xla"; None picks the best that runs here.
+
+    Returns:
+        Attention output in q.dtype, accumulated in float32 (float64 for float64 input). With
+        `return_lse` also its natural logarithm [B, T, N] in the accumulation type. A batch row with
+        kv_length 0 gets output 0 and log-sum-exp -inf. Differentiable in q, k and v; neither
+        direction stores T·S scores beyond short sequences.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+        NotImplementedError: the implementation asked for does not run on this backend.
+    """
+    check_qkv(q, k, v, kv_length)
+    return _dispatch(
+        "dense_attention",
+        implementation,
+        q,
+        k,
+        v,
+        kv_length=kv_length,
+        scale=scale,
+        return_lse=return_lse,
+    )
