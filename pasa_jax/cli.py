@@ -1,0 +1,554 @@
+"""The command `pasa-jax`: arguments → the functions of the package."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+# jax and the models are imported inside the commands: --help answers at once.
+
+COMMANDS = {
+    "generate": "make videos from prompts",
+    "calibrate": "record the velocity curve that shares PASA's budget over the steps",
+    "convert": "turn a PyTorch checkpoint of Wan into one of Flax",
+    "check": "count what tiny's videos get right, under dense attention, PISA and PASA",
+    "bench": "bench attention: time sparse against dense attention on this machine",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+
+    Returns:
+        Exit code: 0, or 2 after one line on stderr when the input was refused.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    try:
+        with _refusing(" ".join(["pasa-jax", *argv[:1]])):
+            run = _command(argv[0])
+        run(argv[1:])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    head = "usage: pasa-jax COMMAND [OPTIONS]\n\nVideos from prompts by sparse attention, in JAX.\n"
+    tail = "\nOptions of a command: pasa-jax COMMAND --help"
+    return "\n".join([head, *lines, tail])
+
+
+def _command(name: str) -> Callable[[list[str]], None]:
+    functions = (generate, calibrate, convert, check, bench)
+    table = dict(zip(COMMANDS, functions, strict=True))
+    if name not in table:
+        raise ValueError(f"command={name!r} must be one of {_choices(name, list(table))}")
+    return table[name]
+
+
+def _choices(value: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(value, valid, 1)
+    return ", ".join(valid) + (f"; nearest is {near[0]!r}" if near else "")
+
+
+@contextlib.contextmanager
+def _refusing(who: str, *more: type[Exception]) -> Iterator[None]:
+    """Turns a refused input into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, *more) as error:
+        print(f"{who}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _parse(options: Any, name: str, argv: list[str], about: str) -> Any:
+    """The options filled from arguments; what tyro refuses is said in one line."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(options, prog=f"pasa-jax {name}", description=about, args=argv)
+    except SystemExit as end:
+        if end.code:
+            print(f"pasa-jax {name}: {_one_line(told.getvalue())}", file=sys.stderr)
+        raise
+
+
+def _one_line(box: str) -> str:
+    """The first paragraph of tyro's boxed message, and its proposal where it has one."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    text = "\n".join(lines)
+    first = " ".join(re.split(r"\n(?:\n|─)", text)[0].split())
+    kind = re.match(
+        r"Error parsing (\S+): no type matching \{None\}\|(\w+) .* from \['(.*)'\]", first
+    )
+    if kind:
+        return f"{kind[1]}={kind[3]!r} must be of type {kind[2]}"
+    meant = re.search(r"Perhaps you meant:\n\s*(--[\w-]+)", text)
+    return first + (f"; nearest is {meant[1]}" if meant else "")
+
+
+Prompts = Annotated[
+    tuple[str, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="PROMPT ...", help_behavior_hint=""),
+]
+
+
+def _of(metavar: str, hint: str = "") -> Any:
+    """How an option whose default is None shows in --help."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+CARD = "(default: the model's)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What all commands that sample share.
+
+    Attributes:
+        model: "tiny", which comes with the package, or a checkpoint's folder.
+        steps: denoising steps.
+        shift: timestep shift; larger spends more steps in the noise.
+        guidance: weight of classifier-free guidance; 1 is none.
+        sampler: unipc or euler.
+        frames: video frames.
+        size: width x height in pixels, as 832x480.
+        negative_prompt: what guidance leads away from.
+        negative_states: its text states from a file, as --prompt-states.
+        progress: show a bar with seconds and density of each step.
+    """
+
+    model: str = "tiny"
+    steps: Annotated[int | None, _of("INT", CARD)] = None
+    shift: Annotated[float | None, _of("FLOAT", CARD)] = None
+    guidance: Annotated[float | None, _of("FLOAT", CARD)] = None
+    sampler: Annotated[str | None, _of("NAME", CARD)] = None
+    frames: Annotated[int | None, _of("INT", CARD)] = None
+    size: Annotated[str | None, _of("WxH", CARD)] = None
+    negative_prompt: Annotated[str, _of("TEXT")] = ""
+    negative_states: Annotated[Path | None, _of("FILE")] = None
+    progress: bool = True
+
+    def settings(self, card):
+        """The checked `settings.Settings`."""
+        width, height = _parse_size(self.size)
+        return card.settings(
+            steps=self.steps,
+            shift=self.shift,
+            guidance=self.guidance,
+            sampler=self.sampler,
+            frames=self.frames,
+            width=width,
+            height=height,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate(Sampling):
+    """Options of `pasa-jax generate`.
+
+    Attributes:
+        prompts: what to show, each in quotes.
+        prompt_states: text states of the prompts, a file each (.npy, .npz or .safetensors with one
+            array [tokens, width]), for models whose text encoder is not part of this package.
+        seed: of noise and policy; several make a video each.
+        out: .mp4 or .gif, or a folder; .npz for models that end in latents. Otherwise
+            PROMPT-SEED.mp4 in the current folder. An existing file is replaced.
+        batch: videos sampled together.
+        curve: velocity curve of `pasa-jax calibrate`.
+        policy: attention method; its own options follow below.
+        block_q: tokens of a block of queries.
+        block_kv: tokens of a block of keys.
+    """
+
+    prompts: Prompts = ()
+    prompt_states: Annotated[tuple[Path, ...], _of("FILE ...")] = ()
+    seed: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (0,)
+    out: Annotated[Path | None, _of("PATH")] = None
+    batch: int = 1
+    curve: Annotated[Path | None, _of("FILE")] = None
+    policy: str = "pasa"
+    block_q: Annotated[int | None, _of("INT", "(default: 16 below 4,096 tokens, else 64)")] = None
+    block_kv: Annotated[int | None, _of("INT", "(default: as block-q)")] = None
+
+
+def generate(argv: list[str]) -> None:
+    """pasa-jax generate: videos from prompts, one for every prompt and seed."""
+    began = time.perf_counter()
+    about = "Makes a video of every prompt with every seed."
+    with _refusing("pasa-jax generate"):
+        options_class, policy_class = _with_policy(Generate, argv)
+    options = _parse(options_class, "generate", argv, about)
+    with _refusing("pasa-jax generate"):
+        job = _job(options, policy_class)
+    from pasa_jax.pipeline import Pipeline
+
+    pipeline = Pipeline.load(job.card)
+    for start in range(0, len(job.prompts), options.batch):
+        part = slice(start, start + options.batch)
+        result = pipeline.generate(
+            job.prompts[part],
+            policy=job.policy,
+            seeds=job.seeds[part],
+            negative_prompt=options.negative_prompt,
+            states=None if job.states is None else job.states[part],
+            negative_states=job.negative,
+            curve=job.curve,
+            progress=options.progress,
+            **dataclasses.asdict(job.settings),
+        )
+        _write(result, job.targets[part], job.card.fps)
+    print(f"{time.perf_counter() - began:.1f} s in all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked order: what to sample and where to."""
+
+    card: Any
+    settings: Any
+    policy: Any
+    prompts: list[str]
+    seeds: list[int]
+    targets: list[Path]
+    states: np.ndarray | None
+    negative: np.ndarray | None
+    curve: Any
+
+
+def _job(options: Any, policy_class: type) -> Job:
+    """Checks everything that can be checked before the model is loaded."""
+    from pasa_jax.settings import check_seeds, read_card
+
+    policy_options = getattr(options, policy_class.__name__.lower())
+    block_q, block_kv = options.block_q, options.block_kv
+    # Before the card: a bad density is told even where there is no such model.
+    policy_class(**vars(policy_options))
+    card = read_card(options.model)
+    settings = options.settings(card)
+    block_q = block_q or card.block(settings)
+    policy = policy_class(**vars(policy_options), block_q=block_q, block_kv=block_kv or block_q)
+    if options.batch < 1:
+        raise ValueError(f"batch={options.batch} must be at least 1")
+    check_seeds(list(options.seed))
+    states, negative = _texts(options, card, settings)
+    pairs = list(itertools.product(range(len(options.prompts)), options.seed))
+    prompts, seeds = [options.prompts[i] for i, _ in pairs], [seed for _, seed in pairs]
+    targets = _targets(options.out, prompts, seeds, ".mp4" if card.complete else ".npz")
+    states = None if states is None else states[[i for i, _ in pairs]]
+    curve = None if options.curve is None else _curve(options.curve, card, settings)
+    return Job(card, settings, policy, prompts, seeds, targets, states, negative, curve)
+
+
+def _with_policy(base: type, argv: list[str]) -> tuple[type, type]:
+    """The options with those of the policy that the arguments name, and the policy's class."""
+    from pasa_jax.policies import make_policy
+
+    named = re.search(r"(?:^|\0)--policy[=\0]([^\0]*)", "\0".join(argv))
+    policy = type(make_policy(named[1] if named else base.policy))
+    fields = [
+        (field.name, field.type, dataclasses.field(default=field.default))
+        for field in dataclasses.fields(policy)
+        if field.name not in ("block_q", "block_kv")  # their default is the card's
+    ]
+    name = policy.__name__.lower()
+    doc = {"__doc__": policy.__doc__}
+    own = dataclasses.make_dataclass(policy.__name__, fields, namespace=doc, frozen=True)
+    field = (name, tyro.conf.OmitArgPrefixes[own], dataclasses.field(default_factory=own))
+    doc = {"__doc__": base.__doc__}
+    full = dataclasses.make_dataclass("Options", [field], bases=(base,), namespace=doc, frozen=True)
+    return full, policy
+
+
+def _parse_size(size: str | None) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
+    if not match:
+        raise ValueError(f"{size=} must be WIDTHxHEIGHT in pixels, as 832x480")
+    return int(match[1]), int(match[2])
+
+
+def _texts(options: Any, card: Any, settings: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Checks the prompts; text states from files, [P, E, D] and the negative one [E, D]."""
+    from pasa_jax.settings import check_prompts, read_states
+
+    check_prompts(list(options.prompts))
+    files, negative = options.prompt_states, options.negative_states
+    missing = f"{card.name} has no text encoder here, so give"
+    if card.complete and not files:
+        from pasa_jax.models.tiny.text import word_ids
+
+        for prompt in (*options.prompts, options.negative_prompt):
+            word_ids(prompt)
+    elif len(files) != len(options.prompts):
+        raise ValueError(
+            f"prompt_states={[str(f) for f in files]} must be one file for each of the "
+            f"{len(options.prompts)} prompts" + ("" if card.complete else f": {missing} them")
+        )
+    if not card.complete and settings.guidance != 1 and negative is None:
+        raise ValueError(
+            f"guidance={settings.guidance} needs the negative prompt's states: {missing} "
+            "--negative-states FILE, or --guidance 1"
+        )
+    states = [read_states(file, card.config) for file in files]
+    longest = max((len(s) for s in states), default=0)
+    states = [np.pad(s, ((0, longest - len(s)), (0, 0))) for s in states]
+    negative = None if negative is None else read_states(negative, card.config)
+    return (np.stack(states) if states else None), negative
+
+
+def _targets(out: Path | None, prompts: list[str], seeds: list[int], suffix: str) -> list[Path]:
+    """The file of every video, checked."""
+    from pasa_jax.video import VIDEO_SUFFIXES, check_target
+
+    if out is None or out.is_dir():
+        names = [f"{_slug(p)}-{s}{suffix}" for p, s in zip(prompts, seeds, strict=True)]
+        targets = [(out or Path()) / name for name in names]
+    else:
+        targets = [out] * len(prompts)
+    if len(set(targets)) < len(targets):
+        hint = (
+            "an existing folder" if targets[0] == out else "left out, or seeds and prompts differ"
+        )
+        raise ValueError(f"out={str(out)!r} must be {hint}, to hold {len(targets)} videos apart")
+    for target in targets:
+        check_target(target, VIDEO_SUFFIXES if suffix == ".mp4" else (suffix,))
+    return targets
+
+
+def _slug(prompt: str) -> str:
+    """A file name of the prompt's letters and digits, at most 60 of them."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "video"
+
+
+def _curve(path: Path, card: Any, settings: Any) -> Any:
+    from pasa_jax.calibration import VelocityCurve
+
+    try:
+        curve = VelocityCurve.load(path)
+    except OSError as error:
+        raise ValueError(f"curve={str(path)!r} could not be read: {error.strerror}") from error
+    curve.check(card.curve_key(settings))
+    return curve
+
+
+def _write(result: Any, targets: list[Path], fps: float) -> None:
+    """Writes the run's videos or latents, and says where they are and how fast they came."""
+    from pasa_jax.video import atomic, write_video
+
+    s = result.settings
+    for i, target in enumerate(targets):
+        if result.frames is not None:
+            write_video(target, result.frames[i], fps=fps)
+            what = f"{s.frames} frames of {s.width}x{s.height}"
+        else:
+            with atomic(target) as temporary:
+                about = {"prompt": result.prompts[i], "seed": result.seeds[i]}
+                np.savez(temporary, latents=result.latents[i], **about, **dataclasses.asdict(s))
+            shape = "x".join(map(str, result.latents[i].shape))
+            what = f"latents {shape} (its video decoder is not part of this package)"
+        print(f"wrote {target}: {what}")
+    print(
+        f"{s.steps} steps in {result.seconds.sum():.1f} s with compilation, "
+        f"{np.median(result.seconds):.3f} s a step without; mean density "
+        f"{result.densities.mean():.3f}, {result.densities.min():.3f} to "
+        f"{result.densities.max():.3f}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate(Sampling):
+    """Options of `pasa-jax calibrate`.
+
+    Attributes:
+        prompts: to average over; tiny has ten of its own.
+        prompt_states: text states of the prompts, as in `pasa-jax generate`.
+        out: JSON file; a plot is written beside it as .png.
+    """
+
+    prompts: Prompts = ()
+    prompt_states: Annotated[tuple[Path, ...], _of("FILE ...")] = ()
+    out: Path = Path("curve.json")
+
+
+def calibrate(argv: list[str]) -> None:
+    """pasa-jax calibrate: a velocity curve from dense sampling."""
+    options = _parse(Calibrate, "calibrate", argv, "Records a velocity curve by dense sampling.")
+    with _refusing("pasa-jax calibrate"):
+        from pasa_jax.settings import read_card
+        from pasa_jax.video import check_target
+
+        card = read_card(options.model)
+        settings = options.settings(card)
+        if settings.steps < 2:
+            raise ValueError(f"steps={settings.steps} must be at least 2: one has no distance")
+        if card.complete and not options.prompts:
+            from pasa_jax.models.tiny.check import prompts
+
+            options = dataclasses.replace(options, prompts=tuple(prompts(10)))
+        states, negative = _texts(options, card, settings)
+        plot = check_target(options.out, (".json",)).with_suffix(".png")
+    from pasa_jax import pipeline
+    from pasa_jax.video import atomic
+
+    curve = pipeline.calibrate(
+        pipeline.Pipeline.load(card),
+        list(options.prompts),
+        negative_prompt=options.negative_prompt,
+        states=None if states is None else list(states),
+        negative_states=negative,
+        progress=options.progress,
+        **dataclasses.asdict(settings),
+    )
+    curve.save(options.out)
+    with atomic(plot) as temporary:
+        curve.plot(temporary)
+    print(f"wrote {options.out} and {plot}: {settings.steps} steps, {curve.prompts} prompts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Options of `pasa-jax convert`.
+
+    Attributes:
+        src: a folder in diffusers or original layout, or one file of weights.
+        dst: the folder to write, absent or empty.
+        dtype: float32, bfloat16 or float16, of the parameters that may be rounded.
+        dry_run: say what would happen; nothing is written.
+        progress: show a bar of bytes and seconds.
+    """
+
+    src: tyro.conf.Positional[Path]
+    dst: tyro.conf.Positional[Path]
+    dtype: Annotated[str | None, _of("NAME", "(default: the source's)")] = None
+    dry_run: bool = False
+    progress: bool = True
+
+
+def convert(argv: list[str]) -> None:
+    """pasa-jax convert: PyTorch to Flax."""
+    about = "Converts a PyTorch checkpoint of Wan 2.1 to an Orbax checkpoint."
+    options = _parse(Convert, "convert", argv, about)
+    with _refusing("pasa-jax convert", OSError, ImportError):
+        from pasa_jax.convert import convert_checkpoint
+
+        convert_checkpoint(
+            options.src,
+            options.dst,
+            dtype=options.dtype,
+            dry_run=options.dry_run,
+            progress=options.progress,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Check(Sampling):
+    """Options of `pasa-jax check`.
+
+    Attributes:
+        prompts: how many; made from tiny's words, the same ones for every method.
+        policies: methods to compare.
+        density: exact share of the key blocks, for PISA and PASA.
+        dense_prefix: share of the steps that run dense first, for PISA and PASA.
+        batch: videos sampled together.
+        seed: of the prompts, and of the first video; the others count on.
+    """
+
+    prompts: int = 160
+    policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = (
+        "dense",
+        "pisa",
+        "pasa",
+    )
+    density: float = 0.15
+    dense_prefix: float = 0.2
+    batch: int = 8
+    seed: int = 0
+
+
+def check(argv: list[str]) -> None:
+    """pasa-jax check: tables of what tiny's videos get right."""
+    about = "Samples videos of random prompts and counts what they get right, by method."
+    options = _parse(Check, "check", argv, about)
+    with _refusing("pasa-jax check"):
+        card, settings, policies = _check_job(options)
+    from pasa_jax.models.tiny import check as tiny_check
+    from pasa_jax.pipeline import Pipeline
+
+    pipeline, asked = Pipeline.load(card), tiny_check.prompts(options.prompts, options.seed)
+    for policy in policies:
+        seeds = itertools.count(options.seed)
+        results = []
+
+        def videos(prompts, policy=policy, seeds=seeds, results=results):
+            result = pipeline.generate(
+                prompts,
+                policy=policy,
+                seeds=list(itertools.islice(seeds, len(prompts))),
+                negative_prompt=options.negative_prompt,
+                progress=options.progress,
+                **dataclasses.asdict(settings),
+            )
+            results.append(result)
+            return result.frames / np.float32(255)
+
+        title = f"{type(policy).__name__}: {len(asked)} prompts, {settings.steps} steps"
+        print(tiny_check.check(videos, asked, batch=options.batch, title=title))
+        seconds = np.median([r.seconds for r in results]) / options.batch
+        print(f"\nmean density {results[0].densities.mean():.3f}, {seconds:.3f} s a step\n")
+
+
+def _check_job(options: Check) -> tuple[Any, Any, list[Any]]:
+    """Card, settings and policies of a check."""
+    from pasa_jax.policies import make_policy
+    from pasa_jax.settings import check_seeds, read_card
+
+    for name in ("prompts", "batch"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)} must be at least 1")
+    check_seeds([options.seed])
+    card = read_card(options.model)
+    settings = options.settings(card)
+    if not card.complete:
+        raise ValueError(f"model={options.model!r} must be tiny: the check reads tiny's scenes")
+    block = card.block(settings)
+    sparse = {"density": options.density, "dense_prefix": options.dense_prefix}
+    policies = [
+        make_policy(name, block_q=block, block_kv=block, **({} if name == "dense" else sparse))
+        for name in options.policies
+    ]
+    return card, settings, policies
+
+
+def bench(argv: list[str]) -> None:
+    """pasa-jax bench attention: sparse against dense on this machine."""
+    with _refusing("pasa-jax bench"):
+        what = argv[0] if argv else None
+        if what != "attention":
+            raise ValueError(f"{what=} must be attention")
+    from pasa_jax.bench import bench_attention
+
+    tyro.cli(bench_attention, prog="pasa-jax bench attention", args=argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
