@@ -16,6 +16,7 @@ STEM = "diffusion_pytorch_model"  # of the published files, in both layouts
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
+MAX_MAPPED = 2**30  # bytes read from one mapping of a PyTorch file
 
 # The dtypes a model's weights may have; the others are known by size alone, to check the header.
 FLOATS = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
@@ -218,15 +219,22 @@ def read_torch(file: Path) -> dict[str, Entry]:
     loaded = load_torch(file)
     if not isinstance(loaded, dict) or not all(hasattr(t, "dtype") for t in loaded.values()):
         raise ValueError(f"{str(file)!r} must hold one dictionary of tensors")
-    return {str(name): torch_entry(file, name, tensor) for name, tensor in loaded.items()}
+    mapped = MappedFile(file, loaded)
+    return {str(name): torch_entry(mapped, name) for name in loaded}
 
 
-def load_torch(file: Path) -> Any:
-    """The file's objects, tensors mapped rather than read, no code run."""
+def import_torch(file: Path) -> Any:
+    """PyTorch, which only pickled checkpoints need."""
     try:
         import torch
     except ImportError:
         raise ImportError(f"{str(file)!r} needs PyTorch: pip install 'pasa-jax[torch]'") from None
+    return torch
+
+
+def load_torch(file: Path) -> Any:
+    """The file's objects, tensors mapped rather than read, no code run."""
+    torch = import_torch(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -236,18 +244,29 @@ def load_torch(file: Path) -> Any:
         raise ValueError(f"{str(file)!r} is damaged: {line}") from None
 
 
-def torch_entry(file: Path, name: str, tensor: Any) -> Entry:
-    """An entry that maps the file anew for each read, so that no mapped page outlives it."""
-    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+class MappedFile:
+    """Tensors of a mapped file, mapped anew every so often: pages once read count as memory."""
+
+    def __init__(self, file: Path, tensors: dict[str, Any]):
+        self.file, self.tensors, self.bytes_read = file, tensors, 0
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of one tensor."""
+        if self.bytes_read > MAX_MAPPED:
+            self.tensors, self.bytes_read = load_torch(self.file), 0
+        tensor = self.tensors[name].detach().contiguous()
+        self.bytes_read += tensor.nbytes
+        bits = tensor.view(-1).view(import_torch(self.file).uint8).numpy().copy()
+        return bits.view(np.dtype(FLOATS[torch_dtype(tensor)])).reshape(tensor.shape)
+
+
+def torch_dtype(tensor: Any) -> str:
+    """Safetensors' name of a tensor's dtype, or PyTorch's where a model's weights have none."""
     dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(dtype, dtype)
 
-    def read() -> np.ndarray:
-        import torch
 
-        tensor = load_torch(file)[name].detach().contiguous()
-        if dtype == "bfloat16":  # NumPy has no such type of its own; copied bit by bit
-            return tensor.view(torch.int16).numpy().copy().view(np.dtype(jnp.bfloat16))
-        return tensor.numpy().copy()
-
-    nbytes = tensor.numel() * tensor.element_size()
-    return Entry(tuple(tensor.shape), names.get(dtype, dtype), nbytes, read)
+def torch_entry(mapped: MappedFile, name: str) -> Entry:
+    """An entry that reads a mapped file."""
+    tensor = mapped.tensors[name]
+    return Entry(tuple(tensor.shape), torch_dtype(tensor), tensor.nbytes, lambda: mapped.read(name))
