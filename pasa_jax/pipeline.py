@@ -82,7 +82,8 @@ class Pipeline:
 
         Args:
             model: its name, folder or card.
-            dtype: of the transformer's matrix products; None keeps the checkpoint's.
+            dtype: of the transformer's matrix products; None keeps the checkpoint's, for tiny
+                float32.
 
         Raises:
             ValueError: neither of the two.
