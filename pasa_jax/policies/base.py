@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -47,6 +47,7 @@ class Context:
     max_budget: int = dataclasses.field(metadata={"static": True})
 
 
+@runtime_checkable
 class Policy(Protocol):
     """One attention method; every field is a parameter of the method, so policies compare and hash.
 
