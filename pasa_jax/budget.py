@@ -145,7 +145,7 @@ class OnlineBudget:
     Assumptions: the speed returns to its mean slowly and has no trend; a rise of ℓ that comes from
     longer steps is foreseen, one that comes from the model is seen one step late. All prompts of a
     batch share one budget. On simulated curves (speeds of the published three phases, 10 % noise)
-    it keeps 0.87 or more of what the recorded curve gains over equal steps in Σ ℓ²/k at shifts 3
+    it keeps 0.85 or more of what the recorded curve gains over equal steps in Σ ℓ²/k at shifts 3
     and 5, and gains nothing at shift 1, where d is constant. Without d it would do worse than equal
     steps, so the schedule is required. Our own idea; it is in none of the papers.
 

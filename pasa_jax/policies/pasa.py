@@ -3,7 +3,7 @@
 In a pipeline of one's own, `v_t` being the velocity the model predicts at step t:
 
     policy = Pasa(density=0.15)
-    budgets = policy.budgets(num_steps, num_blocks, curve.mean)   # int32 [num_steps]
+    budgets = jnp.asarray(policy.budgets(num_steps, num_blocks, curve.mean))
     bound = policy.max_budget(num_steps, num_blocks, curve.mean)  # static length of block lists
     run = Attention(policy, "sparse", step, budgets[step], keys, bound)
     out, _ = attend(q, k, v, run, layer=layer)
