@@ -129,7 +129,7 @@ def load_model(path: str | Path, dtype: Any = None) -> Wan:
         name: jnp.asarray(parameter.array(lambda nbytes: None))
         for name, parameter in plan.parameters.items()
     }
-    return with_parameters(wan.abstract_model(plan.config, jnp.dtype(plan.dtype)), values)
+    return with_parameters(wan.abstract_model(plan.config, plan.dtype), values)
 
 
 def export_diffusers(model: Wan, folder: str | Path) -> None:
@@ -258,7 +258,7 @@ def load_converted(path: Path, dtype: Any) -> Wan:
         raise ValueError(f"{str(path)!r} has no {PARAMS}/ and must be converted again")
     config = {**meta["config"], "patch": tuple(meta["config"]["patch"])}
     name = check_dtype(meta["dtype"] if dtype is None else dtype)
-    model = wan.abstract_model(WanConfig(**config), jnp.dtype(name))
+    model = wan.abstract_model(WanConfig(**config), name)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
         key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from pasa_jax.convert.reader import Entry
@@ -128,7 +129,7 @@ def transform_sizes(config: WanConfig) -> dict[str, int]:
 
 def abstract_model(config: WanConfig, dtype: Any) -> Wan:
     """The model without values; `dtype` is that of its products and its rounded parameters."""
-    return nnx.eval_shape(lambda: Wan(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Wan(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
 
 
 def flat_parameters(model: Wan) -> dict[str, Any]:

@@ -49,8 +49,16 @@ def nothing_written(folder, *expected):
     assert sorted(os.listdir(folder)) == sorted(expected)
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "original"])
-@pytest.mark.parametrize("kind", ["single", "sharded", ".pth", ".bin"])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        ("diffusers", "single"),
+        ("diffusers", "sharded"),
+        ("diffusers", ".bin"),
+        ("original", "sharded"),
+        ("original", ".pth"),
+    ],
+)
 def test_every_kind_of_source(layout, kind, tmp_path, save, model):
     src = save(tmp_path / "src", layout, kind)
     done = convert(src, tmp_path / "dst")

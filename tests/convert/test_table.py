@@ -179,7 +179,7 @@ def test_presets_are_known_by_their_tensors(preset, layout):
     shapes = wan.flat_parameters(wan.abstract_model(preset, jnp.bfloat16))
     table, sizes = wan.TABLES[layout], wan.transform_sizes(preset)
     expected = rules.expected_tensors(table, shapes, sizes)
-    entries = {name: reader.Entry(shape, "BF16", 0, None) for name, shape in expected.items()}
+    entries = {name: reader.Entry(shape, "BF16", 0, np.zeros) for name, shape in expected.items()}
     assert wan.preset_of(entries) == preset
     assert len(expected) == 15 + 27 * preset.num_layers
     del entries["patch_embedding.bias"]
