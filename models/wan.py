@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pasa_jax.attention import Attention, attend
@@ -194,8 +195,8 @@ class Wan(nnx.Module):
         self,
         config: WanConfig,
         *,
-        dtype: jnp.dtype = jnp.bfloat16,
-        param_dtype: jnp.dtype | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
         dtypes = dict(
