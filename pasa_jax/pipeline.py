@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,14 @@ from pasa_jax.policies import Dense, Pasa, Policy
 from pasa_jax.settings import Card, Settings, check_prompts, check_seeds, read_card
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """Prompts to text states; "" is the prompt of guidance that asks for nothing."""
 
     def encode(self, prompts: list[str]) -> Float[np.ndarray, "P E D"]: ...
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Latents to video, RGB in 0..1."""
 
@@ -107,7 +109,7 @@ class Pipeline:
         seeds: list[int] | None = None,
         negative_prompt: str = "",
         states: Float[np.ndarray, "P E D"] | None = None,
-        negative_states: Float[np.ndarray, "E D"] | None = None,
+        negative_states: Float[np.ndarray, "U D"] | None = None,
         curve: VelocityCurve | None = None,
         progress: bool = True,
         **settings,
@@ -154,7 +156,7 @@ class Pipeline:
         negative_prompt: str,
         guidance: float,
         states: Float[np.ndarray, "P E D"] | None = None,
-        negative_states: Float[np.ndarray, "E D"] | None = None,
+        negative_states: Float[np.ndarray, "U D"] | None = None,
     ) -> Float[Array, "B E D"]:
         """Text states, branch-major: all prompts, then as many negative ones unless guidance is 1.
 
@@ -222,7 +224,7 @@ def calibrate(
     seeds: list[int] | None = None,
     negative_prompt: str = "",
     states: list[np.ndarray] | None = None,
-    negative_states: Float[np.ndarray, "E D"] | None = None,
+    negative_states: Float[np.ndarray, "U D"] | None = None,
     progress: bool = True,
     **settings,
 ) -> VelocityCurve:
