@@ -21,6 +21,8 @@ from pasa_jax.pallas_kernels.blocks import (
 # splits the elementwise work over threads.
 TILE_QUERIES = 512
 TILE_KEYS = 512
+# Block means a step of the tail's scan takes, in whole groups, if a group has no more.
+TAIL_COLUMNS = 512
 # Blocks whose centred keys or H_j are held at once by the statistics.
 STATISTICS_BLOCKS = 32
 NORM_BLOCKS = 8
@@ -48,7 +50,8 @@ def _start(shape: tuple[int, ...], head_dim: int, dtype: jnp.dtype) -> _Softmax:
 
 def _raise_top(state: _Softmax, scores: Array) -> tuple[_Softmax, Array]:
     """Rescales the state to the maximum that includes `scores` [..., P, K]; returns exp(scores)."""
-    top = jnp.maximum(state.top, jnp.max(scores, axis=-1))
+    # The result does not depend on the maximum, so neither does its gradient.
+    top = jnp.maximum(state.top, lax.stop_gradient(jnp.max(scores, axis=-1)))
     shift = jnp.where(jnp.isneginf(top), 0, top)  # nothing seen yet: avoid -inf − -inf
     fade = jnp.exp(state.top - shift)
     weights = jnp.exp(scores - shift[..., None])
@@ -92,49 +95,72 @@ def _balanced(total: int, most: int) -> int:
 # --- block_sparse_attention ---------------------------------------------------------------------
 
 
-def _take_blocks(x: Array, b: Array, n: Array, start: Array, block: int) -> Array:
-    """Tokens start … start + block of one head of x [B, S, N, H], for starts of any shape."""
+class _Head(NamedTuple):
+    """One head's key blocks, followed by one block of zeros for slots that list nothing."""
 
-    def one(at):
-        piece = _slice(x, (b, at, n, 0), (1, block, 1, x.shape[-1]))
-        return piece[0, :, 0]
+    k: Array  # [J + 1, block_kv, H]
+    v: Array
+    inside: Array  # [J + 1, block_kv], 1 where the token is valid, in the type of k
+    length: Array  # [J]
+    tail: "_TailHead | None"
 
-    return jax.vmap(jax.vmap(one))(start)
+
+class _TailHead(NamedTuple):
+    """One head's block statistics, cut into steps of a few groups, zero-padded."""
+
+    mean: Array  # [steps, columns, H]
+    value: Array  # [steps, columns, H]
+    live: Array  # bool [steps, columns], whether the block has a valid token
+    tokens: Array  # [steps, columns, groups in a step], the block's length in its group's column
+    matrix: Array  # [steps, groups in a step · H, H], covariance / T_g
 
 
 class _Tile(NamedTuple):
-    """The query blocks of one head that a loop step works on."""
+    """A few query blocks of one head."""
 
-    b: Array
-    n: Array
     q: Array  # [R, block_q, H], scaled
     ids: Array  # [R, L]
     count: Array  # [R]
 
 
-def _add_listed(
-    state: _Softmax, tile: _Tile, k: Array, v: Array, length: Array, block: int, slot: Array, c: int
-) -> _Softmax:
-    """Adds the listed blocks in slots slot … slot + c. `length` [J] is that of the tile's batch."""
-    rows = tile.ids.shape[0]
-    ids = jnp.clip(lax.dynamic_slice_in_dim(tile.ids, slot, c, axis=1), 0, length.shape[0] - 1)
-    # The last block starts early where it is ragged, so that the slice stays inside the array.
-    start = jnp.minimum(ids * block, k.shape[1] - block)  # [R, c]
-    inside = (start - ids * block)[:, :, None] + jnp.arange(block, dtype=jnp.int32)[None, None]
-    listed = (slot + jnp.arange(c, dtype=jnp.int32))[None, :] < tile.count[:, None]
-    end = jnp.where(listed, length[ids], 0)
-    keep = (inside >= 0) & (inside < end[:, :, None])  # [R, c, block]
-    keys = _take_blocks(k, tile.b, tile.n, start, block).astype(tile.q.dtype)
-    values = _take_blocks(v, tile.b, tile.n, start, block).astype(tile.q.dtype)
-    values = jnp.where(keep[..., None], values, 0)  # a weight of 0 does not silence a NaN
-    keep, keys, values = (x.reshape(rows, c * block, *x.shape[3:]) for x in (keep, keys, values))
-    scores = jnp.einsum("rqh,rkh->rqk", tile.q, keys)
-    state, weights = _raise_top(state, jnp.where(keep[:, None, :], scores, -jnp.inf))
-    return _Softmax(
-        state.top,
-        state.mass + weights.sum(axis=-1),
-        state.out + jnp.einsum("rqk,rkh->rqh", weights, values),
-    )
+def _slots(tile: _Tile, length: Array) -> tuple[Array, Array, Array]:
+    """Per slot the block to take keys and values from, and whether it lists one: [R, L] each.
+
+    A slot that lists nothing takes its values, and so its weights, from the block of zeros; its
+    keys repeat a listed block's, so that they cannot raise the maximum.
+    """
+    blocks = length.shape[0]
+    live = jnp.arange(tile.ids.shape[1], dtype=jnp.int32)[None, :] < tile.count[:, None]
+    ids = jnp.clip(tile.ids, 0, blocks - 1)
+    live = live & (length[ids] > 0)
+    first = jnp.take_along_axis(ids, jnp.argmax(live, axis=1, keepdims=True), axis=1)
+    first = jnp.where(jnp.any(live, axis=1, keepdims=True), first, blocks)
+    return jnp.where(live, ids, first), jnp.where(live, ids, blocks), live
+
+
+def _listed(tile: _Tile, head: _Head, chunk: int) -> _Softmax:
+    """Softmax over the listed blocks, `chunk` slots at a time; time follows the largest count."""
+    rows, block_q, h = tile.q.shape
+    key_ids, value_ids, live = _slots(tile, head.length)
+
+    def add(i: Array, state: _Softmax) -> _Softmax:
+        at = lambda ids: lax.dynamic_slice_in_dim(ids, i * chunk, chunk, axis=1)  # noqa: E731
+        keys = head.k[at(key_ids)].reshape(rows, -1, h)  # [R, chunk · block_kv, H]
+        values = head.v[at(value_ids)].reshape(rows, -1, h)
+        inside = head.inside[at(value_ids)].reshape(rows, -1)
+        scores = jnp.einsum("rqh,rkh->rqk", tile.q, keys)
+        state, weights = _raise_top(state, scores)
+        return _Softmax(
+            state.top,
+            state.mass + jnp.einsum("rqk,rk->rq", weights, inside),
+            state.out + jnp.einsum("rqk,rkh->rqh", weights, values),
+        )
+
+    steps = (jnp.max(tile.count) + chunk - 1) // chunk
+    state = lax.fori_loop(0, steps, add, _start((rows, block_q), h, tile.q.dtype))
+    # A row without a listed block has met the zero keys only: forget their maximum.
+    top = jnp.where(jnp.any(live, axis=1)[:, None], state.top, -jnp.inf)
+    return state._replace(top=top)
 
 
 def _is_listed(tile: _Tile, blocks: int) -> Bool[Array, "R J"]:
@@ -146,66 +172,87 @@ def _is_listed(tile: _Tile, blocks: int) -> Bool[Array, "R J"]:
     return jnp.zeros((rows, blocks), jnp.bool_).at[row, column].set(True, mode="drop")
 
 
-def _add_tail(state: _Softmax, tile: _Tile, tail: BlockStatistics, order: int) -> _Softmax:
-    """Adds every block that is not listed by its Taylor expansion, one group a step."""
-    rows, block_q, h = tile.q.shape
-    blocks = tail.length.shape[1]
+def _tail_head(tail: BlockStatistics, b: Array, n: Array, dtype: jnp.dtype) -> _TailHead:
+    """Cuts one head's statistics into steps."""
+    blocks, h = tail.key_mean.shape[2:]
     size = min(tail.group, blocks)
-    q = tile.q.reshape(rows * block_q, h)
-    dtype = q.dtype
-    length = tail.length[tile.b]
-    live = ~_is_listed(tile, blocks) & (length > 0)[None, :]
-
-    def group(g: Array, state: _Softmax) -> _Softmax:
-        g = g.astype(jnp.int32)
-        # The last group starts early where it is ragged; `fresh` drops the blocks seen before.
-        start = jnp.minimum(g * size, blocks - size)
-        fresh = start + jnp.arange(size, dtype=jnp.int32) >= g * size
-        at = (tile.b, tile.n, start, 0)
-        mean = _slice(tail.key_mean, at, (1, 1, size, h))[0, 0].astype(dtype)
-        value = _slice(tail.value_sum, at, (1, 1, size, h))[0, 0].astype(dtype)
-        tokens = jnp.where(fresh, _slice(length, (start,), (size,)), 0).astype(dtype)
-        keep = _slice(live, (0, start), (rows, size)) & fresh[None, :]
-        keep = jnp.repeat(keep, block_q, axis=0)  # [P, size]
-        scores = jnp.where(keep, jnp.einsum("ph,jh->pj", q, mean), -jnp.inf)
-        state, weights = _raise_top(state, scores)
-        mass = weights @ tokens  # ω_g, in the scale of this step's maximum
-        out = state.out + weights @ value
-        if order == 1:
-            at = (tile.b, tile.n, g, 0, 0)
-            matrix = _slice(tail.covariance, at, (1, 1, 1, h, h))[0, 0, 0].astype(dtype)
-            share = mass / jnp.maximum(tokens.sum(), 1)
-            out = out + (q @ matrix) * share[:, None]  # q holds the scale already
-        return _Softmax(state.top, state.mass + mass, out)
-
-    return lax.fori_loop(0, group_count(blocks, size), group, state)
-
-
-def _attend_tile(
-    tile: _Tile,
-    k: Array,
-    v: Array,
-    lengths: Array,
-    block: int,
-    tail: BlockStatistics | None,
-    order: int,
-) -> tuple[Array, Array]:
-    """Output [P, H] and log-sum-exp [P] of one tile's rows."""
-    rows, block_q, h = tile.q.shape
-    chunk = _balanced(tile.ids.shape[1], TILE_KEYS // block)
-    slots = -(-tile.ids.shape[1] // chunk) * chunk
-    tile = tile._replace(ids=_pad_axis(tile.ids, 1, slots))
-    length = lengths[tile.b]
-    state = _start((rows, block_q), h, tile.q.dtype)
-    state = lax.fori_loop(
-        0,
-        (jnp.max(tile.count) + chunk - 1) // chunk,  # time follows the budget
-        lambda i, state: _add_listed(state, tile, k, v, length, block, i * chunk, chunk),
-        state,
+    groups = group_count(blocks, size)
+    wide = _balanced(groups, max(1, min(TAIL_COLUMNS // h, TAIL_COLUMNS // size)))
+    steps = -(-groups // wide)
+    take = lambda x: _slice(x, (b, n, *(0,) * (x.ndim - 2)), (1, 1, *x.shape[2:]))[0, 0]  # noqa: E731
+    mean, value, matrix = (
+        take(x).astype(dtype) for x in (tail.key_mean, tail.value_sum, tail.covariance)
     )
+    length = _pad_axis(tail.length[b], 0, steps * wide * size).reshape(steps, wide, size)
+    length = length.astype(dtype)
+    total = jnp.maximum(length.sum(axis=2), 1).reshape(-1)[:groups]
+    matrix = _pad_axis(matrix / total[:, None, None], 0, steps * wide)
+    own = jnp.eye(wide, dtype=dtype)[None, :, None, :]
+    return _TailHead(
+        _pad_axis(mean, 0, steps * wide * size).reshape(steps, wide * size, h),
+        _pad_axis(value, 0, steps * wide * size).reshape(steps, wide * size, h),
+        (length > 0).reshape(steps, wide * size),
+        (length[..., None] * own).reshape(steps, wide * size, wide),
+        matrix.reshape(steps, wide * h, h),
+    )
+
+
+def _add_tail(state: _Softmax, q: Array, listed: Array, tail: _TailHead, order: int) -> _Softmax:
+    """Adds every block that is not listed by its Taylor expansion, in one scan over the groups.
+
+    `q` [P, H] holds the scale; `listed` [R, J] says which blocks were added exactly.
+    """
+    rows, blocks = listed.shape
+    steps, columns = tail.live.shape
+    free = _pad_axis(~listed, 1, steps * columns).reshape(rows, steps, columns)
+
+    def step(state: _Softmax, piece: tuple[_TailHead, Array]) -> tuple[_Softmax, None]:
+        part, free = piece
+        keep = jnp.repeat(free & part.live[None, :], q.shape[0] // rows, axis=0)  # [P, columns]
+        scores = jnp.where(keep, jnp.einsum("ph,jh->pj", q, part.mean), -jnp.inf)
+        state, weights = _raise_top(state, scores)
+        mass = weights @ part.tokens  # ω_g [P, groups], relative to this step's maximum
+        out = state.out + weights @ part.value
+        if order == 1:
+            weighted = mass[:, :, None] * q[:, None, :]
+            out = out + weighted.reshape(q.shape[0], -1) @ part.matrix
+        return _Softmax(state.top, state.mass + mass.sum(axis=1), out), None
+
+    return lax.scan(step, state, (tail, jnp.moveaxis(free, 1, 0)))[0]
+
+
+def _repeat_valid(k: Array, v: Array, inside: Array) -> tuple[Array, Array]:
+    """Makes the tokens that are not `inside` harmless without masking scores.
+
+    k, v [C, K, H]: their keys become the piece's first key, which cannot raise a maximum, and
+    their values zero, because a weight of zero does not silence a NaN.
+    """
+    first = jnp.where(inside[:, :1, None], k[:, :1], 0)
+    return jnp.where(inside[..., None], k, first), jnp.where(inside[..., None], v, 0)
+
+
+def _take_head(x: Array, b: Array, n: Array, dtype: jnp.dtype) -> Array:
+    """One head [S, H] of x [B, S, N, H]."""
+    return _slice(x, (b, 0, n, 0), (1, x.shape[1], 1, x.shape[3]))[0, :, 0].astype(dtype)
+
+
+def _cut_head(k: Array, v: Array, length: Array, block: int, tail: _TailHead | None) -> _Head:
+    """Cuts one head's k, v [S, H] into blocks; `length` [J] are their valid tokens."""
+    blocks = length.shape[0]
+    inside = jnp.arange(block, dtype=jnp.int32)[None, :] < _pad_axis(length, 0, blocks + 1)[:, None]
+    k, v = (_pad_axis(x, 0, (blocks + 1) * block).reshape(-1, block, x.shape[1]) for x in (k, v))
+    k, v = _repeat_valid(k, v, inside)
+    return _Head(k, v, inside.astype(k.dtype), length, tail)
+
+
+def _attend_tile(tile: _Tile, head: _Head, chunk: int, order: int) -> tuple[Array, Array]:
+    """Output [P, H] and log-sum-exp [P] of one tile's rows."""
+    state = _listed(tile, head, chunk)
+    rows, block_q, h = tile.q.shape
     state = jax.tree.map(lambda x: x.reshape(rows * block_q, *x.shape[2:]), state)
-    if tail is not None:
-        state = _add_tail(state, tile, tail, order)
+    if head.tail is not None:
+        listed = _is_listed(tile, head.length.shape[0])
+        state = _add_tail(state, tile.q.reshape(-1, h), listed, head.tail, order)
     return _finish(state)
 
 
@@ -226,52 +273,51 @@ def block_sparse_attention(
     """See `api.block_sparse_attention`. Products and sums run in float32; only q, k, v round."""
     b, t, n, h = q.shape
     dtype = accumulation_dtype(q.dtype)
-    scale = h**-0.5 if scale is None else scale
+    scale = jnp.asarray(h**-0.5 if scale is None else scale, dtype)
     lengths = block_lengths(k.shape[1], block_kv, kv_length, b)
-    k, v = (_pad_axis(x, 1, max(block_kv, x.shape[1])) for x in (k, v))
     query_blocks, slots = blocks.ids.shape[2:]
+    chunk = _balanced(slots, TILE_KEYS // block_kv)
     rows = _balanced(query_blocks, TILE_QUERIES // block_q)
     tiles = -(-query_blocks // rows)
     q = _pad_axis(q, 1, tiles * rows * block_q)
-    ids = _pad_axis(blocks.ids, 2, tiles * rows)
+    ids = _pad_axis(_pad_axis(blocks.ids, 2, tiles * rows), 3, -(-slots // chunk) * chunk)
     count = _pad_axis(jnp.minimum(blocks.count, slots), 2, tiles * rows)
 
-    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        out, lse = carry
-        i = i.astype(jnp.int32)  # int64 where x64 is on
-        bi, ni, row = i // (n * tiles), i // tiles % n, i % tiles * rows
-        at = (bi, row * block_q, ni, 0)
+    def one_tile(i: Array, bi: Array, ni: Array, head: _Head, carry: tuple[Array, Array]):
+        at = (bi, i * rows * block_q, ni, 0)
         piece = _slice(q, at, (1, rows * block_q, 1, h)).reshape(rows, block_q, h)
-        tile = _Tile(
-            bi,
-            ni,
-            piece.astype(dtype) * jnp.asarray(scale, dtype),
-            _slice(ids, (bi, ni, row, 0), (1, 1, rows, slots))[0, 0],
-            _slice(count, (bi, ni, row), (1, 1, rows))[0, 0],
+        row_ids = _slice(ids, (bi, ni, i * rows, 0), (1, 1, rows, ids.shape[3]))[0, 0]
+        row_count = _slice(count, (bi, ni, i * rows), (1, 1, rows))[0, 0]
+        tile = _Tile(piece.astype(dtype) * scale, row_ids, row_count)
+        out, lse = _attend_tile(tile, head, chunk, order)
+        return _write(carry[0], out[None, :, None], at), _write(
+            carry[1], lse[None, :, None], at[:3]
         )
-        tile_out, tile_lse = _attend_tile(tile, k, v, lengths, block_kv, tail, order)
-        out = _write(out, tile_out[None, :, None], at)
-        return out, _write(lse, tile_lse[None, :, None], at[:3])
+
+    def one_head(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        bi, ni = i // n, i % n
+        part = None if tail is None else _tail_head(tail, bi, ni, dtype)
+        head_k, head_v = (_take_head(x, bi, ni, dtype) for x in (k, v))
+        head = _cut_head(head_k, head_v, lengths[bi], block_kv, part)
+        return lax.fori_loop(0, tiles, lambda i, carry: one_tile(i, bi, ni, head, carry), carry)
 
     carry = jnp.zeros_like(q), jnp.zeros(q.shape[:3], dtype)
-    out, lse = lax.fori_loop(0, b * n * tiles, step, carry)
+    out, lse = lax.fori_loop(0, b * n, one_head, carry)
     return (out[:, :t], lse[:, :t]) if return_lse else out[:, :t]
 
 
 # --- dense_attention ----------------------------------------------------------------------------
 
 
-def _dense_rows(q: Array, k: Array, v: Array, keep: Array) -> tuple[Array, Array]:
-    """Rows q [P, H], scaled, against keys [C, K, H] that come in C pieces, with `keep` [C, K]."""
+def _dense_rows(q: Array, k: Array, v: Array, inside: Array) -> tuple[Array, Array]:
+    """Rows q [P, H], scaled, against keys [C, K, H] that come in C pieces."""
 
     def piece(state: _Softmax, piece: tuple[Array, Array, Array]) -> tuple[_Softmax, None]:
-        k, v, keep = piece
-        scores = jnp.where(keep[None, :], q @ k.T, -jnp.inf)
-        state, weights = _raise_top(state, scores)
-        mass = state.mass + weights.sum(axis=-1)
-        return _Softmax(state.top, mass, state.out + weights @ v), None
+        k, v, inside = piece
+        state, weights = _raise_top(state, q @ k.T)
+        return _Softmax(state.top, state.mass + weights @ inside, state.out + weights @ v), None
 
-    state, _ = lax.scan(piece, _start(q.shape[:1], q.shape[1], q.dtype), (k, v, keep))
+    state, _ = lax.scan(piece, _start(q.shape[:1], q.shape[1], q.dtype), (k, v, inside))
     return _finish(state)
 
 
@@ -280,17 +326,20 @@ def _dense_head(q: Array, k: Array, v: Array, end: Array) -> tuple[Array, Array]
     t, h = q.shape
     rows, keys = _balanced(t, DENSE_QUERIES), _balanced(k.shape[0], DENSE_KEYS)
     tiles, pieces = -(-t // rows), -(-k.shape[0] // keys)
-    k, v = (_pad_axis(x, 0, pieces * keys).reshape(pieces, keys, h) for x in (k, v))
-    keep = (jnp.arange(pieces * keys, dtype=jnp.int32) < end).reshape(pieces, keys)
+    inside = jnp.arange(pieces * keys, dtype=jnp.int32) < end
+    k, v = _repeat_valid(*(_pad_axis(x, 0, pieces * keys)[None] for x in (k, v)), inside[None])
+    inside = inside.astype(q.dtype).reshape(pieces, keys)
+    k, v = (x.reshape(pieces, keys, h) for x in (k, v))
     q = _pad_axis(q, 0, tiles * rows).reshape(tiles, rows, h)
     # The checkpoint keeps the gradient from storing every tile's weights, which is T×S again.
-    out, lse = lax.map(jax.checkpoint(lambda rows: _dense_rows(rows, k, v, keep)), q)
+    out, lse = lax.map(jax.checkpoint(lambda rows: _dense_rows(rows, k, v, inside)), q)
     return out.reshape(-1, h)[:t], lse.reshape(-1)[:t]
 
 
 def _dense_small(q: Array, k: Array, v: Array, end: Array) -> tuple[Array, Array]:
     """All heads of [B, T, N, H] at once, for sequences whose scores are few."""
     keep = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :] < end[:, None]
+    v = jnp.where(keep[:, :, None, None], v, 0)  # a weight of 0 does not silence a NaN
     scores = jnp.einsum("btnh,bsnh->bnts", q, k)
     scores = jnp.where(keep[:, None, None, :], scores, -jnp.inf)
     top = jnp.max(scores, axis=-1)
@@ -316,19 +365,13 @@ def dense_attention(
     dtype = accumulation_dtype(q.dtype)
     scale = jnp.asarray(h**-0.5 if scale is None else scale, dtype)
     end = jnp.full((b,), s, jnp.int32) if kv_length is None else kv_length
-    if kv_length is not None:  # a weight of 0 does not silence a NaN
-        inside = jnp.arange(s, dtype=jnp.int32)[None, :] < end[:, None]
-        v = jnp.where(inside[:, :, None, None], v, 0)
     if t * s <= DENSE_SMALL:
         out, lse = _dense_small(q.astype(dtype) * scale, k.astype(dtype), v.astype(dtype), end)
     else:
 
         def head(i: Array) -> tuple[Array, Array]:
             bi, ni = i // n, i % n
-            rows, keys, values = (
-                _slice(x, (bi, 0, ni, 0), (1, x.shape[1], 1, h))[0, :, 0].astype(dtype)
-                for x in (q, k, v)
-            )
+            rows, keys, values = (_take_head(x, bi, ni, dtype) for x in (q, k, v))
             out, lse = _dense_head(rows * scale, keys, values, end[bi])
             return out.astype(q.dtype), lse
 
