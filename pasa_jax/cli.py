@@ -92,15 +92,16 @@ def _parse(options: Any, name: str, argv: list[str], about: str) -> Any:
 
 def _one_line(box: str) -> str:
     """The first paragraph of tyro's boxed message, and its proposal where it has one."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    text = "\n".join(lines)
-    first = " ".join(re.split(r"\n(?:\n|─)", text)[0].split())
+    # Frames and rules are drawn with what the terminal has; the first line is a title.
+    lines = [line.strip(" │|╭╮╰╯+") for line in box.splitlines()][1:]
+    paragraphs = itertools.groupby(lines, key=lambda line: bool(line.strip("─- ")))
+    first = " ".join(next(words for some, words in paragraphs if some))
     kind = re.match(
         r"Error parsing (\S+): no type matching \{None\}\|(\w+) .* from \['(.*)'\]", first
     )
     if kind:
         return f"{kind[1]}={kind[3]!r} must be of type {kind[2]}"
-    meant = re.search(r"Perhaps you meant:\n\s*(--[\w-]+)", text)
+    meant = re.search(r"Perhaps you meant:\n\s*(--[\w-]+)", "\n".join(lines))
     return first + (f"; nearest is {meant[1]}" if meant else "")
 
 

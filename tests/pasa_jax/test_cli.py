@@ -1,0 +1,231 @@
+"""The command itself: what it writes, and what it refuses in one line before any work."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pasa_jax import pipeline as pipelines
+from pasa_jax.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+WAVES = "blue and white waves moving left"
+SMALL = ["--frames", "8", "--size", "32x32", "--steps", "3", "--no-progress"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(tiny_folder, monkeypatch):
+    """Makes "tiny" the checkpoint of random weights."""
+    monkeypatch.setattr("pasa_jax.models.tiny.WEIGHTS", tiny_folder)
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Loading a model fails the test."""
+    loads = []
+    monkeypatch.setattr(pipelines.Pipeline, "load", lambda *args: loads.append(args))
+    yield
+    assert not loads
+
+
+def refused(capsys, argv):
+    """The one line on stderr of a refused command."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    assert err.count("\n") == 1 and err.startswith("pasa-jax")
+    return err
+
+
+REFUSALS = {
+    "density above 1": ([WAVES, "--density", "2"], "density=2.0 must be in (0, 1]"),
+    "density 0": ([WAVES, "--density", "0"], "density=0.0 must be in (0, 1]"),
+    "density nan": ([WAVES, "--density", "nan"], "density=nan must be in (0, 1]"),
+    "density word": ([WAVES, "--density", "low"], "density"),
+    "steps negative": ([WAVES, "--steps", "-4"], "steps=-4 must be at least 1"),
+    "steps 0": ([WAVES, "--steps", "0"], "nearest valid choice is 1"),
+    "steps word": ([WAVES, "--steps", "many"], "--steps='many' must be of type INT"),
+    "no prompt": ([], "must hold at least one prompt"),
+    "empty prompt": ([" "], "must hold at least one word"),
+    "unknown policy": ([WAVES, "--policy", "pissa"], "nearest is 'pisa'"),
+    "option of another policy": ([WAVES, "--policy", "pisa", "--noise", "none"], "--noise"),
+    "unknown option": ([WAVES, "--densty", "1"], "--densty, 1; nearest is --density"),
+    "noise": ([WAVES, "--noise", "pink"], "'pink'"),
+    "noise scale": ([WAVES, "--noise-scale", "-1"], "noise_scale=-1.0 must be 0 or more"),
+    "group": ([WAVES, "--group", "0"], "group=0 must be at least 1"),
+    "prefix": ([WAVES, "--dense-prefix", "2"], "dense_prefix=2.0 must be in [0, 1]"),
+    "block": ([WAVES, "--block-q", "-1"], "block_q=-1 must be at least 1"),
+    "frames": (
+        [WAVES, "--frames", "17"],
+        "frames=17 must be a positive multiple of 4; nearest is 16",
+    ),
+    "size": (
+        [WAVES, "--size", "130x128"],
+        "width=130 must be a positive multiple of 8; nearest is 128",
+    ),
+    "size form": ([WAVES, "--size", "128"], "size='128' must be WIDTHxHEIGHT"),
+    "huge": ([WAVES, "--size", "80000x128"], "must be at most 1024"),
+    "guidance": ([WAVES, "--guidance", "-2"], "guidance=-2.0 must be 0 or more"),
+    "shift": ([WAVES, "--shift", "0"], "shift=0.0 must be a positive number"),
+    "sampler": ([WAVES, "--sampler", "ddim"], "sampler='ddim' must be one of euler, unipc"),
+    "seed": ([WAVES, "--seed", "-1"], "seed=-1 must be from 0"),
+    "batch": ([WAVES, "--batch", "0"], "batch=0 must be at least 1"),
+    "no such model": ([WAVES, "--model", "none"], "model='none' must be 'tiny' or"),
+    "no checkpoint": ([WAVES, "--model", "."], "must be a checkpoint of Wan"),
+    "unknown word": (["blue and white wafes moving left"], "waves"),
+    "unknown negative word": ([WAVES, "--negative-prompt", "ugly"], "ugly"),
+    "suffix": ([WAVES, "--out", "a.avi"], "out='a.avi' must end in .mp4 or .gif"),
+    "no folder": ([WAVES, "--out", "no/a.mp4"], "existing folder"),
+    "two videos, one file": ([WAVES, "--seed", "0", "1", "--out", "a.mp4"], "an existing folder"),
+    "the same video twice": ([WAVES, "--seed", "1", "1"], "seeds and prompts differ"),
+    "no curve": ([WAVES, "--curve", "none.json"], "curve='none.json' could not be read"),
+    "no states": ([WAVES, "--prompt-states", "none.npy"], "prompt states 'none.npy' could not"),
+    "states of no prompt": (
+        [WAVES, WAVES, "--prompt-states", "a.npy"],
+        "one file for each of the 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("argv, words", REFUSALS.values(), ids=REFUSALS)
+def test_bad_input_is_one_line_and_no_work(here, tiny, no_work, capsys, argv, words):
+    assert words in refused(capsys, ["generate", *argv])
+    assert not list(here.iterdir())
+
+
+OTHER_REFUSALS = {
+    "command": (["genrate"], "nearest is 'generate'"),
+    "calibrate steps": (["calibrate", "--steps", "1"], "steps=1 must be at least 2"),
+    "calibrate out": (["calibrate", "--out", "a.txt"], "must end in .json"),
+    "check prompts": (["check", "--prompts", "0"], "prompts=0 must be at least 1"),
+    "check density": (["check", "--density", "7"], "density=7.0 must be in (0, 1]"),
+    "check policy": (["check", "--policies", "dens"], "nearest is 'dense'"),
+    "convert nothing": (["convert", "none", "new"], "none"),
+    "bench what": (["bench"], "what=None must be attention"),
+}
+
+
+@pytest.mark.parametrize("argv, words", OTHER_REFUSALS.values(), ids=OTHER_REFUSALS)
+def test_other_commands_refuse_in_one_line(here, tiny, no_work, capsys, argv, words):
+    assert words in refused(capsys, argv)
+    assert not list(here.iterdir())
+
+
+def test_a_curve_of_other_settings_is_refused_naming_both(here, tiny, no_work, capsys):
+    from pasa_jax.calibration import VelocityCurve
+    from pasa_jax.settings import read_card
+
+    card = read_card("tiny")
+    key = card.curve_key(card.settings(steps=4))
+    VelocityCurve(key, 1, (1.0,) * 4, (0.0,) * 4, (1.0,) * 4).save("curve.json")
+    told = refused(capsys, ["generate", WAVES, "--curve", "curve.json", "--steps", "5"])
+    assert "steps=4" in told and "steps=5" in told
+
+
+def test_a_model_without_encoder_says_what_it_needs(here, tiny_folder, no_work, capsys):
+    model = ["generate", "a cat", "--model", str(tiny_folder / "transformer")]
+    assert "has no text encoder here, so give them" in refused(capsys, model)
+    np.save("a.npy", np.ones((3, 6), np.float32))
+    model += ["--prompt-states", "a.npy"]
+    assert "--negative-states FILE, or --guidance 1" in refused(capsys, model)
+    model += ["--guidance", "1"]
+    assert "must end in .npz" in refused(capsys, [*model, "--out", "a.mp4"])
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(command in told for command in COMMANDS)
+
+
+@pytest.mark.parametrize("policy, option", [("pasa", "--noise-scale"), ("pisa", "--route-bias")])
+def test_help_of_generate_shows_the_policy_s_options(capsys, policy, option):
+    assert main(["generate", "--policy", policy, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert option in told and "--prompt-states" in told
+    assert ("--noise-scale" in told) == (policy == "pasa")
+
+
+def test_generate_writes_a_video_of_every_seed(here, tiny, capsys):
+    assert main(["generate", WAVES, "--seed", "1", "2", "--batch", "2", *SMALL]) == 0
+    names = [f"blue-and-white-waves-moving-left-{seed}.mp4" for seed in (1, 2)]
+    assert sorted(p.name for p in here.iterdir()) == names
+    told = capsys.readouterr().out
+    assert f"wrote {names[0]}: 8 frames of 32x32" in told
+    assert "3 steps in" in told and "s a step" in told and "mean density" in told
+
+
+def test_policy_options_reach_the_run(here, tiny, monkeypatch, capsys):
+    asked, generate = [], pipelines.Pipeline.generate
+
+    def noted(self, prompts, **options):
+        asked.append(options)
+        return generate(self, prompts, **{**options, "policy": None})
+
+    monkeypatch.setattr(pipelines.Pipeline, "generate", noted)
+    options = ["--density", "0.5", "--noise", "none", "--group=2", "--dense-layers", "1"]
+    assert main(["generate", WAVES, "--out", "a.gif", "--block-q", "8", *options, *SMALL]) == 0
+    policy = asked[0]["policy"]
+    assert (policy.density, policy.noise, policy.group) == (0.5, "none", 2)
+    assert (policy.dense_layers, policy.block_q, policy.block_kv) == ((1,), 8, 8)
+    with Image.open("a.gif") as image:
+        assert image.n_frames == 8
+
+
+def test_calibrate_then_generate_with_the_curve(here, tiny, capsys):
+    circle = "a red circle moving up on a green background"
+    assert main(["calibrate", WAVES, circle, "--out", "c.json", *SMALL]) == 0
+    assert sorted(p.name for p in here.iterdir()) == ["c.json", "c.png"]
+    assert "wrote c.json and c.png: 3 steps, 2 prompts" in capsys.readouterr().out
+    assert main(["generate", WAVES, "--curve", "c.json", "--out", "a.mp4", *SMALL]) == 0
+    assert Path("a.mp4").stat().st_size > 0
+
+
+def test_check_prints_a_table_of_every_method(here, tiny, capsys):
+    argv = ["check", "--prompts", "4", "--batch", "2", "--policies", "dense", "pisa"]
+    assert main([*argv, *SMALL]) == 0
+    told = capsys.readouterr().out
+    assert "**Dense: 4 prompts, 3 steps**" in told and "**Pisa: 4 prompts, 3 steps**" in told
+    assert "| drifting | both colours |" in told and "mean density 1.000" in told
+
+
+def test_convert_then_generate_latents_from_states(here, tiny_folder, capsys):
+    assert main(["convert", str(tiny_folder / "transformer"), "wan", "--no-progress"]) == 0
+    np.save("a.npy", np.ones((3, 6), np.float32))
+    states = ["--prompt-states", "a.npy", "--guidance", "1"]
+    small = ["--frames", "5", "--size", "32x32", "--steps", "2", "--no-progress"]
+    assert main(["generate", "a cat", "--model", "wan", *states, *small]) == 0
+    with np.load("a-cat-0.npz", allow_pickle=False) as file:
+        assert file["latents"].shape == (2, 4, 4, 16) and np.isfinite(file["latents"]).all()
+        assert (str(file["prompt"]), int(file["seed"]), int(file["steps"])) == ("a cat", 0, 2)
+    assert "its video decoder is not part of this package" in capsys.readouterr().out
+
+
+def run(*argv, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_help_imports_no_jax(here):
+    code = "import sys; from pasa_jax.cli import main; main([]); assert 'jax' not in sys.modules"
+    assert "usage: pasa-jax" in run("-c", code, cwd=here).stdout
+
+
+def test_the_process_exits_with_2_and_no_traceback(here):
+    done = run("-m", "pasa_jax.cli", "generate", WAVES, "--density", "-1", cwd=here)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "pasa-jax generate: density=-1.0 must be in (0, 1]\n"
+    assert not list(here.iterdir())
