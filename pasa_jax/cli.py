@@ -171,8 +171,8 @@ class Generate(Sampling):
         prompt_states: text states of the prompts, a file each (.npy, .npz or .safetensors with one
             array [tokens, width]), for models whose text encoder is not part of this package.
         seed: of noise and policy; several make a video each.
-        out: .mp4 or .gif, or a folder; .npz for models that end in latents. Otherwise
-            PROMPT-SEED.mp4 in the current folder. An existing file is replaced.
+        out: .mp4, .gif, .png (a strip of stills), or a folder; .npz for models that end in
+            latents. Otherwise PROMPT-SEED.mp4 in the current folder. An existing file is replaced.
         batch: videos sampled together.
         curve: velocity curve of `pasa-jax calibrate`.
         policy: attention method; its own options follow below.
@@ -319,7 +319,7 @@ def _texts(options: Any, card: Any, settings: Any) -> tuple[np.ndarray | None, n
 
 def _targets(out: Path | None, prompts: list[str], seeds: list[int], suffix: str) -> list[Path]:
     """The file of every video, checked."""
-    from pasa_jax.video import VIDEO_SUFFIXES, check_target
+    from pasa_jax.video import STILL_SUFFIXES, VIDEO_SUFFIXES, check_target
 
     if out is None or out.is_dir():
         names = [f"{_slug(p)}-{s}{suffix}" for p, s in zip(prompts, seeds, strict=True)]
@@ -332,7 +332,8 @@ def _targets(out: Path | None, prompts: list[str], seeds: list[int], suffix: str
         )
         raise ValueError(f"out={str(out)!r} must be {hint}, to hold {len(targets)} videos apart")
     for target in targets:
-        check_target(target, VIDEO_SUFFIXES if suffix == ".mp4" else (suffix,))
+        shown = VIDEO_SUFFIXES + STILL_SUFFIXES
+        check_target(target, shown if suffix in shown else (suffix,))
     return targets
 
 
@@ -354,12 +355,15 @@ def _curve(path: Path, card: Any, settings: Any) -> Any:
 
 def _write(result: Any, targets: list[Path], fps: float) -> None:
     """Writes the run's videos or latents, and says where they are and how fast they came."""
-    from pasa_jax.video import atomic, write_video
+    from pasa_jax.video import STILL_SUFFIXES, atomic, write_strip, write_video
 
     s = result.settings
     for i, target in enumerate(targets):
         if result.frames is not None:
-            write_video(target, result.frames[i], fps=fps)
+            if target.suffix.lower() in STILL_SUFFIXES:
+                write_strip(target, result.frames[i : i + 1])
+            else:
+                write_video(target, result.frames[i], fps=fps)
             what = f"{s.frames} frames of {s.width}x{s.height}"
         else:
             with atomic(target) as temporary:

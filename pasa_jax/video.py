@@ -28,7 +28,7 @@ def check_target(path: str | Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) -
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"out={str(path)!r} must end in {' or '.join(suffixes)}")
+        raise ValueError(f"out={str(path)!r} must end in {', '.join(suffixes)}")
     folder = path.parent
     if not folder.is_dir():
         raise ValueError(f"out={str(path)!r} must lie in an existing folder; {folder} is none")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pasa_jax import pipeline as pipelines
 from pasa_jax.cli import COMMANDS, main
+from pasa_jax.policies import Dense
 
 ROOT = Path(__file__).parents[2]
 WAVES = "blue and white waves moving left"
@@ -85,7 +86,7 @@ REFUSALS = {
     "no checkpoint": ([WAVES, "--model", "."], "must be a checkpoint of Wan"),
     "unknown word": (["blue and white wafes moving left"], "waves"),
     "unknown negative word": ([WAVES, "--negative-prompt", "ugly"], "ugly"),
-    "suffix": ([WAVES, "--out", "a.avi"], "out='a.avi' must end in .mp4 or .gif"),
+    "suffix": ([WAVES, "--out", "a.avi"], "out='a.avi' must end in .mp4, .gif, .png"),
     "no folder": ([WAVES, "--out", "no/a.mp4"], "existing folder"),
     "two videos, one file": ([WAVES, "--seed", "0", "1", "--out", "a.mp4"], "an existing folder"),
     "the same video twice": ([WAVES, "--seed", "1", "1"], "seeds and prompts differ"),
@@ -171,7 +172,7 @@ def test_policy_options_reach_the_run(here, tiny, monkeypatch, capsys):
 
     def noted(self, prompts, **options):
         asked.append(options)
-        return generate(self, prompts, **{**options, "policy": None})
+        return generate(self, prompts, **{**options, "policy": Dense()})
 
     monkeypatch.setattr(pipelines.Pipeline, "generate", noted)
     options = ["--density", "0.5", "--noise", "none", "--group=2", "--dense-layers", "1"]
@@ -188,8 +189,9 @@ def test_calibrate_then_generate_with_the_curve(here, tiny, capsys):
     assert main(["calibrate", WAVES, circle, "--out", "c.json", *SMALL]) == 0
     assert sorted(p.name for p in here.iterdir()) == ["c.json", "c.png"]
     assert "wrote c.json and c.png: 3 steps, 2 prompts" in capsys.readouterr().out
-    assert main(["generate", WAVES, "--curve", "c.json", "--out", "a.mp4", *SMALL]) == 0
-    assert Path("a.mp4").stat().st_size > 0
+    assert main(["generate", WAVES, "--curve", "c.json", "--out", "a.png", *SMALL]) == 0
+    with Image.open("a.png") as image:
+        assert image.size == (5 * (4 + 96), 4 + 96)  # five stills of 32 pixels, three times larger
 
 
 def test_check_prints_a_table_of_every_method(here, tiny, capsys):
@@ -203,7 +205,7 @@ def test_check_prints_a_table_of_every_method(here, tiny, capsys):
 def test_convert_then_generate_latents_from_states(here, tiny_folder, capsys):
     assert main(["convert", str(tiny_folder / "transformer"), "wan", "--no-progress"]) == 0
     np.save("a.npy", np.ones((3, 6), np.float32))
-    states = ["--prompt-states", "a.npy", "--guidance", "1"]
+    states = ["--prompt-states", "a.npy", "--guidance", "1", "--policy", "dense"]
     small = ["--frames", "5", "--size", "32x32", "--steps", "2", "--no-progress"]
     assert main(["generate", "a cat", "--model", "wan", *states, *small]) == 0
     with np.load("a-cat-0.npz", allow_pickle=False) as file:

@@ -66,8 +66,8 @@ def test_strip_shows_first_and_last_frames(tmp_path, frames):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("a.avi", r"must end in \.mp4 or \.gif"),
-        ("a", r"must end in \.mp4 or \.gif"),
+        ("a.avi", r"must end in \.mp4, \.gif"),
+        ("a", r"must end in \.mp4, \.gif"),
         ("none/a.mp4", "existing folder"),
         ("folder.mp4", "must be a file"),
     ],
