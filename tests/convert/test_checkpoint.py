@@ -200,6 +200,20 @@ def test_an_interrupted_run_leaves_nothing_and_runs_again(
     check_equal(load_model(tmp_path / "dst"), model)
 
 
+def test_the_target_appears_by_one_rename(tmp_path, save, monkeypatch):
+    src = save(tmp_path / "src")
+
+    def replace(partial, target):
+        assert (partial / "config.json").is_file() and (partial / "params" / "_METADATA").is_file()
+        nothing_written(tmp_path, "src", partial.name)
+        raise OSError("full")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="full"):
+        convert(src, tmp_path / "dst")
+    nothing_written(tmp_path, "src")
+
+
 KILLED = """
 import os, signal, sys
 from pasa_jax.convert import convert_checkpoint, rules
