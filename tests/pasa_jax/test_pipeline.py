@@ -84,6 +84,17 @@ def test_guidance_leads_from_the_negative_to_the_asked_prompt(pipeline, traces):
     assert traces == [(1, "dense"), (2, "dense")]  # guidance 1 runs one branch
 
 
+def test_distances_are_those_of_velocities_after_guidance(pipeline):
+    """Both velocities of two Euler steps follow from where one step and two steps end."""
+    options = {"policy": Dense(), "seeds": [7], "sampler": "euler", "shift": 100.0}
+    noise = np.asarray(pipelines.start_noise(pipelines.seed_keys([7])[0], (2, 8, 8, 16)))
+    first = noise - latents(pipeline, [WAVES], **options, steps=1)
+    two = pipeline.generate([WAVES], **options, steps=2, progress=False)
+    start, middle, _ = np.asarray(make_schedule("euler", 2, 100.0).sigmas)
+    second = (noise + (middle - start) * first - two.latents) / middle
+    np.testing.assert_allclose(two.distances[1, 0], np.abs(second - first).mean(), rtol=1e-4)
+
+
 def test_a_video_depends_on_its_seed_not_on_its_place(pipeline):
     both = latents(pipeline)
     np.testing.assert_array_equal(both, latents(pipeline))
