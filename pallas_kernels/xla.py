@@ -1,8 +1,7 @@
 """Memory-lean jnp versions: the CPU's default and a fallback anywhere; no T×S array, ever."""
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,8 @@ TILE_QUERIES = 512
 TILE_KEYS = 512
 # Block means a step of the tail's scan takes, in whole groups, if a group has no more.
 TAIL_COLUMNS = 512
-# Blocks whose centred keys or H_j are held at once by the statistics.
-STATISTICS_BLOCKS = 32
-NORM_BLOCKS = 8
+# H_j held at once by the norms.
+NORM_BLOCKS = 16
 DENSE_QUERIES = 512
 DENSE_KEYS = 1024
 # Up to this T·S the scores of all heads are held at once.
@@ -384,49 +382,48 @@ def dense_attention(
 # --- block statistics ---------------------------------------------------------------------------
 
 
-class _Pieces(NamedTuple):
-    """The valid tokens of a run of key blocks, zero elsewhere."""
+class _Moments(NamedTuple):
+    """One head's key blocks: what its statistics are made of."""
 
-    first: Array  # number of the first block
-    k: Array  # [B, c, block_kv, N, H]
-    v: Array
-    inside: Array  # bool [B, c, block_kv, 1, 1]
-    length: Array  # [B, c], in the type of k
+    mean: Array  # [J, H], of the valid keys
+    total: Array  # [J, H], of the valid values
+    centred: Array  # [J, block_kv, H], keys less their block's mean, 0 where not valid
+    v: Array  # [J, block_kv, H], 0 where not valid
 
 
-def _pieces(k: Array, v: Array, lengths: Array, block: int, first: Array, c: int) -> _Pieces:
-    """Cuts c blocks out of k and v; blocks that start before the end may reach over it."""
-    b, s, n, h = k.shape
-    dtype = accumulation_dtype(k.dtype)
-    size = min(c * block, s)
-    start = jnp.minimum(first * block, s - size)
-    shift = first * block - start
-    lengths = lax.dynamic_slice_in_dim(
-        _pad_axis(lengths, 1, lengths.shape[1] + c), first, c, axis=1
+def _moments(k: Array, v: Array, length: Array, block: int) -> _Moments:
+    """Moments of one head's k, v [S, H], given the valid tokens [J] of its blocks."""
+    blocks, h = length.shape[0], k.shape[1]
+    inside = jnp.arange(block, dtype=jnp.int32)[None, :] < length[:, None]
+    k, v = (_pad_axis(x, 0, blocks * block).reshape(blocks, block, h) for x in (k, v))
+    k, v = (jnp.where(inside[..., None], x, 0) for x in (k, v))
+    mean = k.sum(axis=1) / jnp.maximum(length, 1).astype(k.dtype)[:, None]
+    centred = jnp.where(inside[..., None], k - mean[:, None], 0)
+    return _Moments(mean, v.sum(axis=1), centred, v)
+
+
+def _covariance(moments: _Moments, group: int) -> Array:
+    """Σ_j H_j [G, H, H] of each group, in one product a group."""
+    blocks, block, h = moments.v.shape
+    groups = group_count(blocks, min(group, blocks))
+    size = min(group, blocks) * groups
+    centred, v = (
+        _pad_axis(x, 0, size).reshape(groups, -1, h) for x in (moments.centred, moments.v)
     )
-    inside = jnp.arange(block, dtype=jnp.int32)[None, None, :] < lengths[:, :, None]
-    inside = inside[..., None, None]
-
-    def cut(x: Array) -> Array:
-        x = lax.dynamic_slice_in_dim(x, start, size, axis=1)
-        x = jnp.roll(_pad_axis(x, 1, c * block), -shift, axis=1)
-        return jnp.where(inside, x.reshape(b, c, block, n, h).astype(dtype), 0)
-
-    return _Pieces(first, cut(k), cut(v), inside, lengths.astype(dtype))
+    return jnp.einsum("gkh,gkd->ghd", centred, v)
 
 
-def _centred(pieces: _Pieces) -> tuple[Array, Array]:
-    """Block means [B, c, N, H] and keys less their block's mean, zero where not valid."""
-    size = jnp.maximum(pieces.length, 1)[..., None, None]
-    mean = pieces.k.sum(axis=2) / size
-    return mean, jnp.where(pieces.inside, pieces.k - mean[:, :, None], 0)
+def _map_heads(one: Callable[..., Any], k: Array, v: Array, lengths: Array) -> Any:
+    """`one(k [S, H], v [S, H], length [J])` of every head, leaves stacked to [B, N, ...]."""
+    b, _, n, _ = k.shape
+    dtype = accumulation_dtype(k.dtype)
 
+    def head(i: Array) -> Any:
+        bi, ni = i // n, i % n
+        return one(*(_take_head(x, bi, ni, dtype) for x in (k, v)), lengths[bi])
 
-def _join(x: Array, blocks: int) -> Array:
-    """Stacked outputs of a scan [C, B, c, N, ...] → [B, N, J, ...]."""
-    x = jnp.moveaxis(x, 3, 1)  # [C, N, B, c, ...]
-    x = jnp.moveaxis(x, (2, 1), (0, 1))  # [B, N, C, c, ...]
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :blocks]
+    out = lax.map(head, jnp.arange(b * n, dtype=jnp.int32))
+    return jax.tree.map(lambda x: x.reshape(b, n, *x.shape[1:]), out)
 
 
 def block_statistics(
@@ -437,24 +434,31 @@ def block_statistics(
     group: int,
     kv_length: Int[Array, " B"] | None = None,
 ) -> BlockStatistics:
-    """See `api.block_statistics`. Holds the centred keys of a few blocks at a time, and no H_j."""
-    b, s, n, h = k.shape
-    dtype = accumulation_dtype(k.dtype)
-    lengths = block_lengths(s, block_kv, kv_length, b)
-    blocks = lengths.shape[1]
-    chunk = STATISTICS_BLOCKS if group >= blocks else math.gcd(group, STATISTICS_BLOCKS)
-    chunk = min(chunk, blocks)
+    """See `api.block_statistics`. Copies one head at a time, and holds no H_j."""
+    lengths = block_lengths(k.shape[1], block_kv, kv_length, k.shape[0])
 
-    def step(covariance: Array, first: Array) -> tuple[Array, tuple[Array, Array]]:
-        pieces = _pieces(k, v, lengths, block_kv, first, chunk)
-        mean, centred = _centred(pieces)
-        part = jnp.einsum("bcknh,bcknd->bnhd", centred, pieces.v)
-        return covariance.at[:, :, first // group].add(part), (mean, pieces.v.sum(axis=2))
+    def head(k: Array, v: Array, length: Array) -> tuple[Array, Array, Array]:
+        moments = _moments(k, v, length, block_kv)
+        return moments.mean, moments.total, _covariance(moments, group)
 
-    first = jnp.arange(0, blocks, chunk, dtype=jnp.int32)
-    covariance = jnp.zeros((b, n, group_count(blocks, group), h, h), dtype)
-    covariance, (mean, total) = lax.scan(step, covariance, first)
-    return BlockStatistics(_join(mean, blocks), _join(total, blocks), lengths, covariance, group)
+    mean, total, covariance = _map_heads(head, k, v, lengths)
+    return BlockStatistics(mean, total, lengths, covariance, group)
+
+
+def _norms(moments: _Moments, length: Array, group: int) -> Array:
+    """‖H_j − H̄_j‖_F [J] of one head, from the H_j of a few blocks at a time."""
+    blocks = length.shape[0]
+    covariance = _covariance(moments, group)
+    of = jnp.arange(blocks, dtype=jnp.int32) // group  # the block's group
+    tokens = jax.ops.segment_sum(length, of, covariance.shape[0])
+    share = length.astype(covariance.dtype) / jnp.maximum(tokens, 1).astype(covariance.dtype)[of]
+
+    def norm(block: tuple[Array, Array, Array, Array]) -> Array:
+        centred, v, share, of = block
+        # The difference is taken before the square: it is exactly small where all H_j agree.
+        return jnp.sqrt(jnp.sum(jnp.square(centred.T @ v - share * covariance[of])))
+
+    return lax.map(norm, (moments.centred, moments.v, share, of), batch_size=NORM_BLOCKS)
 
 
 def block_covariance_norm(
@@ -465,24 +469,10 @@ def block_covariance_norm(
     group: int,
     kv_length: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B N J"]:
-    """See `api.block_covariance_norm`. Two passes; the second holds the H_j of a few blocks."""
-    statistics = block_statistics(k, v, block_kv=block_kv, group=group, kv_length=kv_length)
-    lengths = statistics.length
-    blocks = lengths.shape[1]
-    chunk = min(NORM_BLOCKS, blocks)
-    of = jnp.arange(-(-blocks // chunk) * chunk, dtype=jnp.int32) // group  # group of a block
-    covariance = statistics.covariance
-    groups = covariance.shape[2]
-    tokens = jax.ops.segment_sum(lengths.T, of[:blocks], groups).T.astype(covariance.dtype)
+    """See `api.block_covariance_norm`. Copies one head at a time, a few H_j within it."""
+    lengths = block_lengths(k.shape[1], block_kv, kv_length, k.shape[0])
 
-    def step(_: None, first: Array) -> tuple[None, Array]:
-        pieces = _pieces(k, v, lengths, block_kv, first, chunk)
-        matrix = jnp.einsum("bcknh,bcknd->bnchd", _centred(pieces)[1], pieces.v)
-        groups = lax.dynamic_slice_in_dim(of, first, chunk)
-        share = pieces.length / jnp.maximum(tokens[:, groups], 1)
-        mean = covariance[:, :, groups] * share[:, None, :, None, None]
-        norm = jnp.sqrt(jnp.sum(jnp.square(matrix - mean), axis=(3, 4)))  # [B, N, c]
-        return None, jnp.moveaxis(norm, 1, 2)
+    def head(k: Array, v: Array, length: Array) -> Array:
+        return _norms(_moments(k, v, length, block_kv), length, group)
 
-    _, norm = lax.scan(step, None, jnp.arange(0, blocks, chunk, dtype=jnp.int32))
-    return _join(norm, blocks)
+    return _map_heads(head, k, v, lengths)
