@@ -60,7 +60,9 @@ def test_safetensors_values(file):
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".pt"])
 def test_torch_values(suffix, tmp_path, torch, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_MAPPED", 20)  # mapped anew within these few tensors
+    loads, load = [], reader.load_torch
+    monkeypatch.setattr(reader, "load_torch", lambda file: loads.append(file) or load(file))
+    monkeypatch.setattr(reader, "MAX_MAPPED", 20)  # bytes, fewer than these tensors have
     tensors = {
         name: torch.tensor(np.asarray(value, np.float32)).to(getattr(torch, value.dtype.name))
         for name, value in DATA.items()
@@ -71,6 +73,7 @@ def test_torch_values(suffix, tmp_path, torch, monkeypatch):
         reader.open_source(tmp_path / f"any{suffix}").entries,
         DATA | {"strided": jnp.arange(12.0).reshape(3, 4).T},
     )
+    assert len(loads) > 1  # mapped anew, so pages do not pile up
 
 
 def test_a_pipelines_folder_and_a_file_alone(tmp_path, file):
