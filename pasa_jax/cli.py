@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import itertools
 import re
@@ -552,7 +553,14 @@ def bench(argv: list[str]) -> None:
             raise ValueError(f"{what=} must be attention")
     from pasa_jax.bench import bench_attention
 
-    tyro.cli(bench_attention, prog="pasa-jax bench attention", args=argv[1:])
+    @functools.wraps(bench_attention)
+    def order(*args, **options):
+        return functools.partial(bench_attention, *args, **options)
+
+    about = "Times sparse against dense attention on this machine."
+    run = _parse(order, "bench attention", argv[1:], about)
+    with _refusing("pasa-jax bench attention"):
+        run()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,22 @@ def test_convert_then_generate_latents_from_states(here, tiny_folder, capsys):
         assert file["latents"].shape == (2, 4, 4, 16) and np.isfinite(file["latents"]).all()
         assert (str(file["prompt"]), int(file["seed"]), int(file["steps"])) == ("a cat", 0, 2)
     assert "its video decoder is not part of this package" in capsys.readouterr().out
+
+
+def test_bench_passes_its_options_on(monkeypatch, capsys):
+    asked = []
+
+    def bench_attention(*, tokens: int = 16, density: float = 0.15) -> None:
+        if density > 1:
+            raise ValueError(f"{density=} must be in (0, 1]")
+        asked.append((tokens, density))
+
+    module = types.SimpleNamespace(bench_attention=bench_attention)
+    monkeypatch.setitem(sys.modules, "pasa_jax.bench", module)
+    assert main(["bench", "attention", "--tokens", "32"]) == 0
+    assert asked == [(32, 0.15)]
+    assert "density=2.0 must be" in refused(capsys, ["bench", "attention", "--density", "2"])
+    assert "'x'" in refused(capsys, ["bench", "attention", "--tokens", "x"])
 
 
 def run(*argv, cwd):
