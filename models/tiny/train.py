@@ -6,6 +6,7 @@ python -m pasa_jax.models.tiny.train --out runs/tiny --minutes 9
 import dataclasses
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,10 +48,29 @@ class Stage(NamedTuple):
 # Small grids first: steps are what teaches, and a pixel means the same on every grid. The larger
 # ones then teach the rotary positions that the default video needs.
 SCHEDULE = (
-    Stage(6000, ((2, 8, 8),), 1024),
-    Stage(2500, ((2, 8, 8), (4, 10, 10), (2, 12, 12)), 1200),
-    Stage(1500, ((4, 16, 16), (4, 10, 10), (2, 12, 12)), 2048),
+    Stage(5000, ((2, 8, 8),), 1024),
+    Stage(2200, ((2, 8, 8), (4, 10, 10), (2, 12, 12)), 1200),
+    Stage(1300, ((4, 16, 16), (4, 10, 10), (2, 12, 12)), 2048),
 )
+
+
+# What a diffusers pipeline folder says about itself; steps and guidance are tiny's defaults.
+MODEL_INDEX = {
+    "_class_name": "WanPipeline",
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["pasa_jax.models.tiny.text", "TextEncoder"],
+    "vae": ["pasa_jax.models.tiny.codec", "Codec"],
+    "num_inference_steps": 20,
+    "guidance_scale": 2.5,
+}
+SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +232,7 @@ def noise_shift(grid) -> float:
 
 
 def loss_of(params, graph, latents, ids, noise, even, shift):
-    """Mean squared error of the velocity; also the error of each video."""
+    """Mean squared error of the velocity."""
     sigma = shift * even / (1 + (shift - 1) * even)
     level = sigma[:, None, None, None, None]
     table = params["text"]
@@ -220,8 +240,7 @@ def loss_of(params, graph, latents, ids, noise, even, shift):
     states = jnp.where((ids == text.PAD)[..., None], jnp.float32(0), states)
     model = nnx.merge(graph, params["wan"])
     velocity, _ = model((1 - level) * latents + level * noise, 1000 * sigma, states)
-    errors = jnp.mean((velocity - (noise - latents)) ** 2, axis=(1, 2, 3, 4))
-    return jnp.mean(errors), errors
+    return jnp.mean((velocity - (noise - latents)) ** 2)
 
 
 class TrainState(NamedTuple):
@@ -269,8 +288,9 @@ def train(config: TrainConfig) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     graph, params = init_params(architecture(), config.seed)
     optimizer = make_optimizer(config, total)
-    # The average starts as a copy: the update donates its input, which must not hold one twice.
-    state = TrainState(params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+    # Copies: the update donates the state, which must not hold one array twice.
+    state = TrainState(params, optimizer.init(params), params)
+    state = jax.tree.map(jnp.copy, state)
     history = History.read(config.out / "history.json")
     with ocp.CheckpointManager(
         (config.out / "checkpoints").absolute(),
@@ -380,7 +400,7 @@ def plot(history: History, path: Path) -> None:
 
 
 def export(config: TrainConfig) -> None:
-    """Writes the last checkpoint's averaged weights, in float16, as a diffusers pipeline.
+    """Writes the last checkpoint's averaged weights as a diffusers pipeline.
 
     Raises:
         ValueError: the run has no checkpoint.
@@ -388,21 +408,28 @@ def export(config: TrainConfig) -> None:
     # The converter stands above the models; only this command needs it.
     from pasa_jax.convert.checkpoint import export_diffusers
 
-    architecture_ = architecture()
-    graph, params = init_params(architecture_, config.seed)
+    graph, params = init_params(architecture(), config.seed)
+    optimizer = make_optimizer(config, 1000)
     with ocp.CheckpointManager((config.out / "checkpoints").absolute()) as manager:
         step = manager.latest_step()
         if step is None:
             raise ValueError(f"out={str(config.out)!r} must hold a checkpoint; train first")
-        shapes = TrainState(params, make_optimizer(config, 1000).init(params), params)
+        shapes = TrainState(params, optimizer.init(params), params)
         average = manager.restore(step, args=ocp.args.StandardRestore(shapes)).average
-    model = nnx.merge(graph, average["wan"])
     folder = config.export
-    export_diffusers(model, folder / "transformer")
-    text.save(
-        text.TextEncoder(**jax.tree.map(np.asarray, average["text"])), folder / "text_encoder"
-    )
+    export_diffusers(nnx.merge(graph, average["wan"]), folder / "transformer")
+    table = jax.tree.map(np.asarray, average["text"])
+    text.save(text.TextEncoder(**table), folder / "text_encoder")
     codec.save(codec.fit(), folder / "vae")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    for name, content in (
+        ("model_index.json", MODEL_INDEX),
+        ("scheduler/scheduler_config.json", SCHEDULER),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name in ("history.json", "loss.png"):
+        shutil.copy(config.out / name, folder / name)
+    print(f"wrote step {step} to {folder}")
 
 
 def main(config: TrainConfig) -> None:
