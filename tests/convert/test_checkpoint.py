@@ -100,7 +100,7 @@ def test_a_stored_dtype_is_kept_and_may_be_changed(tmp_path, save, tensors, mode
 
 
 def test_mixed_dtypes_lose_nothing(tmp_path, save, tensors):
-    data = dict(tensors["diffusers"])
+    data = {name: value.astype(jnp.float16) for name, value in tensors["diffusers"].items()}
     data["patch_embedding.weight"] = data["patch_embedding.weight"].astype(jnp.bfloat16)
     assert convert(save(tmp_path / "src", data=data), tmp_path / "dst").dtype == "float32"
 
