@@ -37,7 +37,7 @@ def step_budgets(
             steps' entries and only their ratios matter. All ones, when no curve is known, and all
             zeros give every step the same.
         density: kept share of the key blocks, mean over the sparse steps, in (0, 1]; may be traced
-            (then K is rounded from a float32 product).
+            (then it is clipped to that range, and K rounded from a float32 product).
         num_blocks: J, key blocks of the sequence.
         dense_steps: leading steps that run dense.
         min_density, max_density: bounds of a single step's density.
@@ -67,7 +67,8 @@ def step_budgets(
 def _total_blocks(density, num_blocks: int, sparse_steps: int) -> int | Int[Array, ""]:
     """K = round(density · J · steps), at least one block a step."""
     if isinstance(density, jax.core.Tracer):
-        total = jnp.round(density.astype(jnp.float32) * (num_blocks * sparse_steps))
+        density = jnp.clip(density.astype(jnp.float32), 0.0, 1.0)
+        total = jnp.round(density * (num_blocks * sparse_steps))
         return jnp.maximum(total.astype(jnp.int32), sparse_steps)
     if not 0 < density <= 1:
         raise ValueError(f"{density=} must be in (0, 1]")

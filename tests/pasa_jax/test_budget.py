@@ -106,6 +106,11 @@ def test_flat_and_zero_curves_share_evenly_the_earlier_step_first():
     assert budget.step_budgets(0 * ones, 0.35, 10, 2).tolist() == [10, 10, 4, 3, 3]
 
 
+def test_the_largest_remainders_get_the_blocks_left():
+    # 10 blocks over 1 : 2 : 3 are 1.67, 3.33 and 5.
+    assert budget.step_budgets(np.float32([1, 2, 3]), 1 / 3, 10, 0).tolist() == [2, 3, 5]
+
+
 def test_scale_of_the_curve_does_not_matter():
     curve = three_phases().astype(np.float32)
     blocks = [budget.step_budgets(curve * s, 0.15, 512, 10).tolist() for s in (1.0, 2.0**-10)]
@@ -134,9 +139,9 @@ def test_traced_curve_and_density_compile_once_and_agree():
         traces.append(None)
         return budget.step_budgets(curve, density, 1182, 10, min_density=0.02)
 
-    for density in (0.15, 0.3):
+    for density in (0.15, 0.3, 1.7):
         curve = three_phases().astype(np.float32) ** density
-        direct = budget.step_budgets(curve, density, 1182, 10, min_density=0.02)
+        direct = budget.step_budgets(curve, min(density, 1.0), 1182, 10, min_density=0.02)
         assert traced(jnp.asarray(curve), jnp.float32(density)).tolist() == direct.tolist()
     assert len(traces) == 1
 
@@ -197,10 +202,20 @@ online_distances = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(online_distances, densities, st.integers(1, 2000), st.sampled_from([0, 3, STEPS]))
-def test_online_spends_exactly_the_total_within_bounds(seen, density, num_blocks, dense_steps):
+@given(
+    online_distances,
+    densities,
+    st.floats(0.0, 1.0),
+    st.integers(1, 2000),
+    st.sampled_from([0, 3, STEPS]),
+    st.sampled_from([3, 0.1]),  # the steps grow, or shrink
+)
+def test_online_spends_exactly_the_total_within_bounds(
+    seen, density, least, num_blocks, dense_steps, shift
+):
+    bounds = {"min_density": least * density, "max_density": max(0.5, density)}
     start = budget.start_online(
-        shifted_sigmas(3, STEPS), density, num_blocks, dense_steps, max_density=0.5
+        shifted_sigmas(shift, STEPS), density, num_blocks, dense_steps, **bounds
     )
     end, blocks = run_online(start, seen)
     sparse = np.asarray(blocks)[dense_steps:]
@@ -208,8 +223,8 @@ def test_online_spends_exactly_the_total_within_bounds(seen, density, num_blocks
     assert int(end.remaining) == 0
     if len(sparse):
         assert sparse.sum() == total_blocks(density, num_blocks, len(sparse))
-        assert sparse.min() >= 1
-        assert sparse.max() <= max(int(start.high), 1)
+        assert sparse.min() >= int(start.low) >= 1
+        assert sparse.max() <= int(start.high) <= num_blocks
 
 
 def test_online_follows_its_formula_in_one_compilation():
@@ -235,6 +250,15 @@ def test_online_gives_a_faster_step_more():
     assert turned[:30].tolist() == calm[:30].tolist()
     assert int(turned[30]) > int(calm[30])
     assert int(turned[31]) < int(turned[30])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_online_passes_over_a_distance_that_is_not_finite(bad):
+    start = budget.start_online(np.linspace(1, 0, 51), 0.15, 1182, 10)
+    seen = np.ones(50, np.float32)
+    calm = run_online(start, jnp.asarray(seen))[1]
+    seen[[0, 5, 29]] = bad
+    assert run_online(start, jnp.asarray(seen))[1].tolist() == calm.tolist()
 
 
 @pytest.mark.parametrize("shift", [3, 5])

@@ -142,6 +142,12 @@ def test_pasa_in_one_group_without_noise_is_pisa(noise):
         assert (np.asarray(one) == np.asarray(other)).all()
 
 
+def test_one_matrix_for_pisa_and_one_a_group_for_pasa():
+    assert plan(small(Pisa)).tail.covariance.shape == (B, N, 1, H, H)
+    tail = plan(small(Pasa, group=5, noise="none")).tail
+    assert tail.group == 5 and tail.covariance.shape == (B, N, 3, H, H)
+
+
 def covariances(k, v):
     """H_j [B, N, J, H, H] block by block in float64."""
     out = []
