@@ -48,9 +48,9 @@ class Stage(NamedTuple):
 # Small grids first: steps are what teaches, and a pixel means the same on every grid. The larger
 # ones then teach the rotary positions that the default video needs.
 SCHEDULE = (
-    Stage(5000, ((2, 8, 8),), 1024),
-    Stage(2200, ((2, 8, 8), (4, 10, 10), (2, 12, 12)), 1200),
-    Stage(1300, ((4, 16, 16), (4, 10, 10), (2, 12, 12)), 2048),
+    Stage(4000, ((2, 8, 8),), 1024),
+    Stage(1800, ((2, 8, 8), (4, 10, 10), (2, 12, 12)), 1200),
+    Stage(1000, ((4, 16, 16), (4, 10, 10), (2, 12, 12)), 2048),
 )
 
 
