@@ -106,7 +106,7 @@ def _spend(
         return jnp.where(over, lower, middle), jnp.where(over, middle, upper)
 
     # At the upper end every step has reached `high`.
-    start = (jnp.zeros(()), high.astype(jnp.float32) / (even * gamma.min()))
+    start = (jnp.zeros((), jnp.float32), high.astype(jnp.float32) / (even * gamma.min()))
     factor, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, start)
     return _whole(share(factor), total, low, high)
 
@@ -117,16 +117,16 @@ def _whole(share: Float[Array, " steps"], total, low, high) -> Int[Array, " step
     fraction = share - floors.astype(jnp.float32)
 
     def hand_out(blocks):
-        left = total - blocks.sum()
+        left = total - blocks.sum(dtype=jnp.int32)
         up = left > 0
         movable = jnp.where(up, blocks < high, blocks > low)
         wish = jnp.where(movable, jnp.where(up, fraction, 1.0 - fraction), -1.0)
-        rank = jnp.argsort(jnp.argsort(-wish, stable=True), stable=True)
+        rank = jnp.argsort(jnp.argsort(-wish, stable=True), stable=True).astype(jnp.int32)
         moved = movable & (rank < jnp.abs(left))
         return blocks + jnp.sign(left) * moved.astype(jnp.int32)
 
     # One round is enough unless rounding left the shares' sum off by whole blocks.
-    return jax.lax.while_loop(lambda blocks: blocks.sum() != total, hand_out, floors)
+    return jax.lax.while_loop(lambda blocks: blocks.sum(dtype=jnp.int32) != total, hand_out, floors)
 
 
 @jax.tree_util.register_dataclass
