@@ -34,27 +34,30 @@ class Codec:
     encoder: Float[np.ndarray, "P C"]
     decoder: Float[np.ndarray, "C P"]
 
-    def encode(self, video: Float[Array, "B frames height width 3"]) -> Float[Array, "B F Y X C"]:
+    def encode(
+        self, video: Float[Array | np.ndarray, "B frames height width 3"]
+    ) -> Float[Array, "B F Y X C"]:
         """Video, RGB in 0..1, to latents of about unit spread.
 
         Raises:
             ValueError: frames, height or width is not a multiple of 4.
         """
-        return _to_patches(jnp.asarray(video)) @ self.encoder - self.mean @ self.encoder
+        mean = jnp.asarray(self.mean)[None, None, None, None]
+        return (_to_patches(jnp.asarray(video)) - mean) @ self.encoder
 
-    def decode(self, latents: Float[Array, "B F Y X C"]) -> Float[Array, "B frames height width 3"]:
+    def decode(
+        self, latents: Float[Array | np.ndarray, "B F Y X C"]
+    ) -> Float[Array, "B frames height width 3"]:
         """Latents to video, RGB clipped to 0..1."""
-        patches = jnp.asarray(latents) @ self.decoder
+        mean = jnp.asarray(self.mean)[None, None, None, None]
         video = rearrange(
-            patches,
+            jnp.asarray(latents) @ self.decoder + mean,
             "b f y x (df dy dx c) -> b (f df) (y dy) (x dx) c",
             df=FRAMES,
             dy=SIDE,
             dx=SIDE,
         )
-        mean = jnp.asarray(self.mean).reshape(FRAMES, SIDE, SIDE, 3)
-        f, y, x = latents.shape[1:4]
-        return jnp.clip(video + jnp.tile(mean, (f, y, x, 1))[None], 0.0, 1.0)
+        return jnp.clip(video, 0.0, 1.0)
 
 
 def _to_patches(video):

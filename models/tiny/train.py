@@ -48,9 +48,9 @@ class Stage(NamedTuple):
 # Small grids first: steps are what teaches, and a pixel means the same on every grid. The larger
 # ones then teach the rotary positions that the default video needs.
 SCHEDULE = (
-    Stage(4000, ((2, 8, 8),), 1024),
+    Stage(5000, ((2, 8, 8),), 1024),
     Stage(1800, ((2, 8, 8), (4, 10, 10), (2, 12, 12)), 1200),
-    Stage(1000, ((4, 16, 16), (4, 10, 10), (2, 12, 12)), 2048),
+    Stage(1300, ((4, 16, 16), (4, 10, 10), (2, 12, 12)), 2048),
 )
 
 
@@ -219,7 +219,7 @@ def make_batch(encode, grid, batch: int, seed):
     for _ in range(batch):
         scene = scenes.random_scene(rng)
         ids.append(text.word_ids("" if rng.random() < NULL_SHARE else scene.prompt))
-        videos.append(scenes.render(scene, frames, height, width, rng.integers(2**31)))
+        videos.append(scenes.render(scene, frames, height, width, int(rng.integers(2**31))))
     latents = encode(np.stack(videos))
     noise = rng.standard_normal(latents.shape, np.float32)
     even = (rng.permutation(batch) + rng.random(batch)) / batch  # stratified in (0, 1)
