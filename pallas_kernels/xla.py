@@ -382,48 +382,63 @@ def dense_attention(
 # --- block statistics ---------------------------------------------------------------------------
 
 
-class _Moments(NamedTuple):
-    """One head's key blocks: what its statistics are made of."""
+class _Group(NamedTuple):
+    """The tokens of one group of one head, zero where not valid."""
 
-    mean: Array  # [J, H], of the valid keys
-    total: Array  # [J, H], of the valid values
-    centred: Array  # [J, block_kv, H], keys less their block's mean, 0 where not valid
-    v: Array  # [J, block_kv, H], 0 where not valid
-
-
-def _moments(k: Array, v: Array, length: Array, block: int) -> _Moments:
-    """Moments of one head's k, v [S, H], given the valid tokens [J] of its blocks."""
-    blocks, h = length.shape[0], k.shape[1]
-    inside = jnp.arange(block, dtype=jnp.int32)[None, :] < length[:, None]
-    k, v = (_pad_axis(x, 0, blocks * block).reshape(blocks, block, h) for x in (k, v))
-    k, v = (jnp.where(inside[..., None], x, 0) for x in (k, v))
-    mean = k.sum(axis=1) / jnp.maximum(length, 1).astype(k.dtype)[:, None]
-    centred = jnp.where(inside[..., None], k - mean[:, None], 0)
-    return _Moments(mean, v.sum(axis=1), centred, v)
+    k: Array  # [J, block_kv, H]
+    v: Array
+    inside: Array  # bool [J, block_kv, 1]
+    length: Array  # [J], in the type of k
 
 
-def _covariance(moments: _Moments, group: int) -> Array:
-    """Σ_j H_j [G, H, H] of each group, in one product a group."""
-    blocks, block, h = moments.v.shape
-    groups = group_count(blocks, min(group, blocks))
-    size = min(group, blocks) * groups
-    centred, v = (
-        _pad_axis(x, 0, size).reshape(groups, -1, h) for x in (moments.centred, moments.v)
-    )
-    return jnp.einsum("gkh,gkd->ghd", centred, v)
-
-
-def _map_heads(one: Callable[..., Any], k: Array, v: Array, lengths: Array) -> Any:
-    """`one(k [S, H], v [S, H], length [J])` of every head, leaves stacked to [B, N, ...]."""
-    b, _, n, _ = k.shape
+def _map_groups(
+    one: Callable[[_Group], Any],
+    k: Array,
+    v: Array,
+    lengths: Array,
+    block: int,
+    group: int,
+) -> Any:
+    """`one` of every group of every head of k, v [B, S, N, H]; leaves stacked to [B, N, G, ...]."""
+    b, _, n, h = k.shape
     dtype = accumulation_dtype(k.dtype)
+    blocks = lengths.shape[1]
+    size = min(group, blocks)
+    groups = group_count(blocks, size)
+    lengths = _pad_axis(lengths, 1, groups * size).reshape(b, groups, size)
+
+    def cut(x: Array, bi: Array, ni: Array) -> Array:
+        x = _pad_axis(_take_head(x, bi, ni, x.dtype), 0, groups * size * block)
+        return x.reshape(groups, size, block, h)
+
+    def group_of(pieces: tuple[Array, Array, Array]) -> Any:
+        k, v, length = pieces
+        inside = (jnp.arange(block, dtype=jnp.int32)[None, :] < length[:, None])[..., None]
+        k, v = (jnp.where(inside, x.astype(dtype), 0) for x in (k, v))
+        return one(_Group(k, v, inside, length.astype(dtype)))
 
     def head(i: Array) -> Any:
         bi, ni = i // n, i % n
-        return one(*(_take_head(x, bi, ni, dtype) for x in (k, v)), lengths[bi])
+        return lax.map(group_of, (cut(k, bi, ni), cut(v, bi, ni), lengths[bi]))
 
     out = lax.map(head, jnp.arange(b * n, dtype=jnp.int32))
     return jax.tree.map(lambda x: x.reshape(b, n, *x.shape[1:]), out)
+
+
+def _centred(group: _Group) -> tuple[Array, Array]:
+    """Means [J, H] of the valid keys, and keys less their block's mean, zero where not valid."""
+    mean = group.k.sum(axis=1) / jnp.maximum(group.length, 1)[:, None]
+    return mean, jnp.where(group.inside, group.k - mean[:, None], 0)
+
+
+def _flat(x: Array) -> Array:
+    """Tokens of several blocks [J, block_kv, H] in a row."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _join_groups(x: Array, blocks: int) -> Array:
+    """Blocks of all groups [B, N, G, J of a group, ...] in a row [B, N, J, ...]."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :blocks]
 
 
 def block_statistics(
@@ -434,31 +449,16 @@ def block_statistics(
     group: int,
     kv_length: Int[Array, " B"] | None = None,
 ) -> BlockStatistics:
-    """See `api.block_statistics`. Copies one head at a time, and holds no H_j."""
+    """See `api.block_statistics`. Works on one group of one head at a time, and holds no H_j."""
     lengths = block_lengths(k.shape[1], block_kv, kv_length, k.shape[0])
 
-    def head(k: Array, v: Array, length: Array) -> tuple[Array, Array, Array]:
-        moments = _moments(k, v, length, block_kv)
-        return moments.mean, moments.total, _covariance(moments, group)
+    def one(group: _Group) -> tuple[Array, Array, Array]:
+        mean, centred = _centred(group)
+        return mean, group.v.sum(axis=1), _flat(centred).T @ _flat(group.v)
 
-    mean, total, covariance = _map_heads(head, k, v, lengths)
+    mean, total, covariance = _map_groups(one, k, v, lengths, block_kv, group)
+    mean, total = (_join_groups(x, lengths.shape[1]) for x in (mean, total))
     return BlockStatistics(mean, total, lengths, covariance, group)
-
-
-def _norms(moments: _Moments, length: Array, group: int) -> Array:
-    """‖H_j − H̄_j‖_F [J] of one head, from the H_j of a few blocks at a time."""
-    blocks = length.shape[0]
-    covariance = _covariance(moments, group)
-    of = jnp.arange(blocks, dtype=jnp.int32) // group  # the block's group
-    tokens = jax.ops.segment_sum(length, of, covariance.shape[0])
-    share = length.astype(covariance.dtype) / jnp.maximum(tokens, 1).astype(covariance.dtype)[of]
-
-    def norm(block: tuple[Array, Array, Array, Array]) -> Array:
-        centred, v, share, of = block
-        # The difference is taken before the square: it is exactly small where all H_j agree.
-        return jnp.sqrt(jnp.sum(jnp.square(centred.T @ v - share * covariance[of])))
-
-    return lax.map(norm, (moments.centred, moments.v, share, of), batch_size=NORM_BLOCKS)
 
 
 def block_covariance_norm(
@@ -469,10 +469,19 @@ def block_covariance_norm(
     group: int,
     kv_length: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B N J"]:
-    """See `api.block_covariance_norm`. Copies one head at a time, a few H_j within it."""
+    """See `api.block_covariance_norm`. Holds the H_j of a few blocks of one head at a time."""
     lengths = block_lengths(k.shape[1], block_kv, kv_length, k.shape[0])
 
-    def head(k: Array, v: Array, length: Array) -> Array:
-        return _norms(_moments(k, v, length, block_kv), length, group)
+    def one(group: _Group) -> Array:
+        _, centred = _centred(group)
+        mean = _flat(centred).T @ _flat(group.v) / jnp.maximum(group.length.sum(), 1)
 
-    return _map_heads(head, k, v, lengths)
+        def norm(block: tuple[Array, Array, Array]) -> Array:
+            centred, v, length = block
+            # Subtracted before it is squared: exactly small where all H_j agree.
+            return jnp.sqrt(jnp.sum(jnp.square(centred.T @ v - length * mean)))
+
+        return lax.map(norm, (centred, group.v, group.length), batch_size=NORM_BLOCKS)
+
+    norm = _map_groups(one, k, v, lengths, block_kv, group)
+    return _join_groups(norm, lengths.shape[1])

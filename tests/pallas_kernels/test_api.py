@@ -1,0 +1,128 @@
+"""The checks of the public operations, and how an implementation is chosen."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pasa_jax.pallas_kernels import BlockIndex, BlockStatistics, api
+
+X = jnp.zeros((2, 12, 3, 4))
+IDS = jnp.zeros((2, 3, 3, 2), jnp.int32)
+COUNT = jnp.zeros((2, 3, 3), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "kv_length", "message"),
+    [
+        (X[0], X, X, None, r"q.shape=\(12, 3, 4\) must be"),
+        (X[:, :0], X, X, None, r"q.shape=\(2, 0, 3, 4\) must be"),
+        (X, X[:1], X[:1], None, r"k.shape=\(1, 12, 3, 4\) must be"),
+        (X, X[..., 0], X, None, r"k.shape=\(2, 12, 3\) must be"),
+        (X, X[:, :0], X[:, :0], None, r"k.shape=\(2, 0, 3, 4\) must be"),
+        (X, X, X[:, :5], None, r"v.shape=\(2, 5, 3, 4\) must be"),
+        (X, X, X.astype(jnp.bfloat16), None, r"v.dtype.name='bfloat16'"),
+        (X.astype(int),) * 3 + (None, "must be one of bfloat16"),
+        (X, X, X, jnp.zeros(3, jnp.int32), "kv_length=.* must be integers"),
+        (X, X, X, jnp.zeros(2), "kv_length=.* must be integers"),
+    ],
+)
+def test_bad_operands(q, k, v, kv_length, message):
+    with pytest.raises(ValueError, match=message):
+        api.check_qkv(q, k, v, kv_length)
+
+
+def test_bad_sizes():
+    for size in (0, -3):
+        with pytest.raises(ValueError, match=f"block_q={size} must be at least 1"):
+            api.block_sparse_attention(X, X, X, BlockIndex(IDS, COUNT), block_q=size, block_kv=4)
+        with pytest.raises(ValueError, match=f"group={size} must be at least 1"):
+            api.block_statistics(X, X, block_kv=4, group=size)
+        with pytest.raises(ValueError, match=f"block_kv={size} must be at least 1"):
+            api.block_covariance_norm(X, X, block_kv=size, group=1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "count", "message"),
+    [
+        (IDS[:, :, :2], COUNT, "ids.shape=.* must be"),
+        (IDS[..., :0], COUNT, "L ≥ 1"),
+        (IDS, COUNT[:, :, :2], "count.shape=.* must be"),
+        (IDS, COUNT.astype(jnp.int8), "must be int32"),
+        (IDS.astype(jnp.int8), COUNT, "must be int32"),
+    ],
+)
+def test_bad_blocks(ids, count, message):
+    with pytest.raises(ValueError, match=message):
+        api.block_sparse_attention(X, X, X, BlockIndex(ids, count), block_q=4, block_kv=4)
+
+
+def statistics(blocks=3, groups=1, group=8):
+    means = jnp.zeros((2, 3, blocks, 4))
+    length = jnp.zeros((2, blocks), jnp.int32)
+    return BlockStatistics(means, means, length, jnp.zeros((2, 3, groups, 4, 4)), group)
+
+
+@pytest.mark.parametrize(
+    ("tail", "order", "message"),
+    [
+        (None, 2, "order=2 must be 0 or 1"),
+        (statistics(blocks=4), 1, "block_kv differs"),
+        (statistics(groups=2), 1, "tail.covariance.shape=.* must be"),
+        (statistics(group=1), 1, "tail.covariance.shape=.* must be"),
+    ],
+)
+def test_bad_tail(tail, order, message):
+    with pytest.raises(ValueError, match=message):
+        api.block_sparse_attention(
+            X, X, X, BlockIndex(IDS, COUNT), block_q=4, block_kv=4, tail=tail, order=order
+        )
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="implementation='flash' must be one of cudnn, xla"):
+        api.dense_attention(X, X, X, implementation="flash")
+
+
+def refusal(message):
+    def implementation(*args, **kwargs):
+        raise NotImplementedError(message)
+
+    return implementation
+
+
+def test_all_reasons_are_reported(monkeypatch):
+    table = {"triton": refusal("no Ampere"), "xla": refusal("no luck")}
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "dense_attention", table)
+    monkeypatch.setitem(api.PREFERENCE, "cpu", ("mosaic_gpu", "triton", "xla"))
+    with pytest.raises(NotImplementedError, match="triton: no Ampere; xla: no luck"):
+        api.dense_attention(X, X, X)
+
+
+def test_the_next_implementation_runs(monkeypatch):
+    table = {"triton": refusal("no Ampere"), "xla": lambda q, k, v, **kw: q + 1}
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "dense_attention", table)
+    monkeypatch.setitem(api.PREFERENCE, "cpu", ("triton", "xla"))
+    assert (api.dense_attention(X, X, X) == 1).all()
+
+
+def test_cudnn_refuses_what_it_cannot_do(monkeypatch):
+    with pytest.raises(NotImplementedError, match="cudnn: needs an NVIDIA GPU, the backend is cpu"):
+        api.dense_attention(X, X, X, implementation="cudnn")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(NotImplementedError, match="log-sum-exp is rounded"):
+        api.dense_attention(X, X, X, implementation="cudnn", return_lse=True)
+    # Without a GPU jax itself refuses, as it does there for float32.
+    with pytest.raises(NotImplementedError, match="cudnn: ."):
+        api.dense_attention(X, X, X, implementation="cudnn")
+
+
+def test_a_second_copy_of_the_package_is_refused(monkeypatch):
+    import importlib
+    import sys
+    from pathlib import Path
+
+    root = Path(api.__file__).resolve().parent.parent
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.delitem(sys.modules, "pallas_kernels", raising=False)
+    with pytest.raises(ImportError, match="import pasa_jax.pallas_kernels"):
+        importlib.import_module("pallas_kernels")
