@@ -1,5 +1,6 @@
 """Strict switches for the whole suite, and the door to PyTorch for parity tests."""
 
+import importlib
 import os
 import sys
 
@@ -10,14 +11,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")  # no silent promotion 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(scope="session")
-def diffusers():
-    """The diffusers package; without it a parity test skips, but fails where CI promises it."""
+def need(name):
+    """An optional package; without it a test skips, but fails where CI promises the package."""
     try:
-        import diffusers
-        import torch  # noqa: F401
+        return importlib.import_module(name)
     except ImportError:
         if os.environ.get("CI") and sys.version_info[:2] == (3, 11):
             raise
-        pytest.skip("needs torch and diffusers, which CI installs on Python 3.11")
-    return diffusers
+        pytest.skip(f"{name} is not installed; CI installs it on Python 3.11")
+
+
+@pytest.fixture(scope="session")
+def torch():
+    return need("torch")
+
+
+@pytest.fixture(scope="session")
+def diffusers(torch):
+    return need("diffusers")

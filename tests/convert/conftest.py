@@ -1,8 +1,6 @@
 """Small Wan models and checkpoints of every kind a user may bring."""
 
 import json
-import os
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,27 +59,6 @@ def configs(config):
         "diffusers": wan.diffusers_config(config),
         "original": {**original, "model_type": "t2v", "eps": config.eps},
     }
-
-
-@pytest.fixture
-def torch():
-    return need("torch")
-
-
-@pytest.fixture
-def diffusers(torch):
-    return need("diffusers")
-
-
-def need(name):
-    """An optional package; in CI its absence is a failure where it can be installed."""
-    try:
-        return __import__(name)
-    except ImportError:
-        reason = f"{name} is not installed"
-        if os.environ.get("CI") and sys.version_info[:2] == (3, 11):
-            pytest.fail(f"{reason}, and CI must not skip")
-        pytest.skip(reason)
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """The samplers against diffusers' schedulers, live and stored, and against an equation solved."""
 
-import importlib.util
-import os
-import sys
 from pathlib import Path
 
 import jax
@@ -48,14 +45,6 @@ def test_matches_stored_diffusers_steps(name):
     np.testing.assert_allclose(schedule.timesteps, want["timesteps"], rtol=1e-6)
     got, _ = sample(schedule, jnp.asarray(want["latents"][0]), jnp.asarray(want["velocities"]))
     np.testing.assert_allclose(got, want["latents"], **TOLERANCE)
-
-
-@pytest.fixture
-def diffusers():
-    if os.environ.get("CI") and sys.version_info[:2] == (3, 11):
-        return importlib.import_module("diffusers")
-    pytest.importorskip("torch")
-    return pytest.importorskip("diffusers")
 
 
 def live_scheduler(diffusers, sampler, shift):
