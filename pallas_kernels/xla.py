@@ -22,7 +22,8 @@ TILE_QUERIES = 512
 TILE_KEYS = 512
 # Block means a step of the tail's scan takes, in whole groups, if a group has no more.
 TAIL_COLUMNS = 512
-# H_j held at once by the norms.
+# Blocks the statistics work on at once where one group holds them all; H_j held at once.
+STATISTICS_BLOCKS = 32
 NORM_BLOCKS = 16
 DENSE_QUERIES = 512
 DENSE_KEYS = 1024
@@ -382,8 +383,8 @@ def dense_attention(
 # --- block statistics ---------------------------------------------------------------------------
 
 
-class _Group(NamedTuple):
-    """The tokens of one group of one head, zero where not valid."""
+class _Run(NamedTuple):
+    """The tokens of a run of key blocks of one head, zero where not valid."""
 
     k: Array  # [J, block_kv, H]
     v: Array
@@ -391,44 +392,55 @@ class _Group(NamedTuple):
     length: Array  # [J], in the type of k
 
 
-def _map_groups(
-    one: Callable[[_Group], Any],
+def _map_runs(
+    one: Callable[..., Any],
     k: Array,
     v: Array,
     lengths: Array,
     block: int,
-    group: int,
+    size: int,
+    means: Array | None = None,
 ) -> Any:
-    """`one` of every group of every head of k, v [B, S, N, H]; leaves stacked to [B, N, G, ...]."""
+    """`one` of every run of `size` blocks of every head; leaves stacked to [B, N, runs, ...].
+
+    With `means` [B, N, G, H, H] `one` takes the run's as its second argument; the last serves all
+    further runs.
+    """
     b, _, n, h = k.shape
     dtype = accumulation_dtype(k.dtype)
-    blocks = lengths.shape[1]
-    size = min(group, blocks)
-    groups = group_count(blocks, size)
-    lengths = _pad_axis(lengths, 1, groups * size).reshape(b, groups, size)
+    runs = group_count(lengths.shape[1], size)
+    lengths = _pad_axis(lengths, 1, runs * size).reshape(b, runs, size)
 
     def cut(x: Array, bi: Array, ni: Array) -> Array:
-        x = _pad_axis(_take_head(x, bi, ni, x.dtype), 0, groups * size * block)
-        return x.reshape(groups, size, block, h)
-
-    def group_of(pieces: tuple[Array, Array, Array]) -> Any:
-        k, v, length = pieces
-        inside = (jnp.arange(block, dtype=jnp.int32)[None, :] < length[:, None])[..., None]
-        k, v = (jnp.where(inside, x.astype(dtype), 0) for x in (k, v))
-        return one(_Group(k, v, inside, length.astype(dtype)))
+        x = _pad_axis(_take_head(x, bi, ni, x.dtype), 0, runs * size * block)
+        return x.reshape(runs, size, block, h)
 
     def head(i: Array) -> Any:
         bi, ni = i // n, i % n
-        return lax.map(group_of, (cut(k, bi, ni), cut(v, bi, ni), lengths[bi]))
+
+        def run(piece: tuple[Array, Array, Array, Array]) -> Any:
+            i, k, v, length = piece
+            inside = (jnp.arange(block, dtype=jnp.int32)[None, :] < length[:, None])[..., None]
+            k, v = (jnp.where(inside, x.astype(dtype), 0) for x in (k, v))
+            mean = () if means is None else (means[bi, ni, jnp.minimum(i, means.shape[2] - 1)],)
+            return one(_Run(k, v, inside, length.astype(dtype)), *mean)
+
+        number = jnp.arange(runs, dtype=jnp.int32)
+        return lax.map(run, (number, cut(k, bi, ni), cut(v, bi, ni), lengths[bi]))
 
     out = lax.map(head, jnp.arange(b * n, dtype=jnp.int32))
     return jax.tree.map(lambda x: x.reshape(b, n, *x.shape[1:]), out)
 
 
-def _centred(group: _Group) -> tuple[Array, Array]:
+def _run_size(group: int, blocks: int) -> int:
+    """Blocks worked on at once: a group, unless one group holds everything."""
+    return min(STATISTICS_BLOCKS, blocks) if group >= blocks else group
+
+
+def _centred(run: _Run) -> tuple[Array, Array]:
     """Means [J, H] of the valid keys, and keys less their block's mean, zero where not valid."""
-    mean = group.k.sum(axis=1) / jnp.maximum(group.length, 1)[:, None]
-    return mean, jnp.where(group.inside, group.k - mean[:, None], 0)
+    mean = run.k.sum(axis=1) / jnp.maximum(run.length, 1)[:, None]
+    return mean, jnp.where(run.inside, run.k - mean[:, None], 0)
 
 
 def _flat(x: Array) -> Array:
@@ -436,8 +448,8 @@ def _flat(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _join_groups(x: Array, blocks: int) -> Array:
-    """Blocks of all groups [B, N, G, J of a group, ...] in a row [B, N, J, ...]."""
+def _join_runs(x: Array, blocks: int) -> Array:
+    """Blocks of all runs [B, N, runs, J of a run, ...] in a row [B, N, J, ...]."""
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :blocks]
 
 
@@ -449,15 +461,18 @@ def block_statistics(
     group: int,
     kv_length: Int[Array, " B"] | None = None,
 ) -> BlockStatistics:
-    """See `api.block_statistics`. Works on one group of one head at a time, and holds no H_j."""
+    """See `api.block_statistics`. Works on a run of blocks of one head, and holds no H_j."""
     lengths = block_lengths(k.shape[1], block_kv, kv_length, k.shape[0])
+    blocks = lengths.shape[1]
 
-    def one(group: _Group) -> tuple[Array, Array, Array]:
-        mean, centred = _centred(group)
-        return mean, group.v.sum(axis=1), _flat(centred).T @ _flat(group.v)
+    def one(run: _Run) -> tuple[Array, Array, Array]:
+        mean, centred = _centred(run)
+        return mean, run.v.sum(axis=1), _flat(centred).T @ _flat(run.v)
 
-    mean, total, covariance = _map_groups(one, k, v, lengths, block_kv, group)
-    mean, total = (_join_groups(x, lengths.shape[1]) for x in (mean, total))
+    mean, total, covariance = _map_runs(one, k, v, lengths, block_kv, _run_size(group, blocks))
+    if group >= blocks:
+        covariance = covariance.sum(axis=2, keepdims=True)
+    mean, total = (_join_runs(x, blocks) for x in (mean, total))
     return BlockStatistics(mean, total, lengths, covariance, group)
 
 
@@ -469,19 +484,21 @@ def block_covariance_norm(
     group: int,
     kv_length: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B N J"]:
-    """See `api.block_covariance_norm`. Holds the H_j of a few blocks of one head at a time."""
-    lengths = block_lengths(k.shape[1], block_kv, kv_length, k.shape[0])
+    """See `api.block_covariance_norm`. Two passes; the second holds the H_j of a few blocks."""
+    statistics = block_statistics(k, v, block_kv=block_kv, group=group, kv_length=kv_length)
+    lengths, covariance = statistics.length, statistics.covariance
+    groups, blocks = covariance.shape[2], lengths.shape[1]
+    tokens = _pad_axis(lengths, 1, groups * min(group, blocks)).reshape(len(lengths), groups, -1)
+    tokens = jnp.maximum(tokens.sum(axis=2), 1).astype(covariance.dtype)  # [B, G]
+    means = covariance / tokens[:, None, :, None, None]
 
-    def one(group: _Group) -> Array:
-        _, centred = _centred(group)
-        mean = _flat(centred).T @ _flat(group.v) / jnp.maximum(group.length.sum(), 1)
-
+    def one(run: _Run, mean: Array) -> Array:
         def norm(block: tuple[Array, Array, Array]) -> Array:
             centred, v, length = block
             # Subtracted before it is squared: exactly small where all H_j agree.
             return jnp.sqrt(jnp.sum(jnp.square(centred.T @ v - length * mean)))
 
-        return lax.map(norm, (centred, group.v, group.length), batch_size=NORM_BLOCKS)
+        return lax.map(norm, (_centred(run)[1], run.v, run.length), batch_size=NORM_BLOCKS)
 
-    norm = _map_groups(one, k, v, lengths, block_kv, group)
-    return _join_groups(norm, lengths.shape[1])
+    size = _run_size(group, blocks)
+    return _join_runs(_map_runs(one, k, v, lengths, block_kv, size, means), blocks)

@@ -69,6 +69,7 @@ def pieces(monkeypatch):
         "DENSE_QUERIES": 7,
         "DENSE_KEYS": 9,
         "DENSE_SMALL": 0,
+        "STATISTICS_BLOCKS": 2,
         "NORM_BLOCKS": 3,
     }.items():
         monkeypatch.setattr(xla, name, size)
