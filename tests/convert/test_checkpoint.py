@@ -218,6 +218,8 @@ KILLED = """
 import os, signal, sys
 from pasa_jax.convert import convert_checkpoint, rules
 
+# A parent that ignores Ctrl-C, as a shell's background jobs do, would hand that down.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 value, read = rules.Parameter.value, []
 
 def last(self, entry):
