@@ -233,6 +233,8 @@ def small_run(monkeypatch):
     monkeypatch.setattr(train, "architecture", lambda: config)
     stages = (train.Stage(3, ((1, 7, 7),), 98), train.Stage(1, ((1, 7, 7),), 98))
     monkeypatch.setattr(train, "SCHEDULE", stages)
+    fitted = codec.load(tiny.WEIGHTS / "vae")
+    monkeypatch.setattr(codec, "fit", lambda: fitted)
     # Compiled once for all runs: the graph and the optimizer are the same ones.
     make_step, made = train.make_step, []
 
