@@ -265,6 +265,19 @@ def test_nothing_listed(ops, problem):
     assert np.all(np.asarray(out) == 0) and np.all(np.isneginf(lse))
 
 
+def test_scores_far_below_zero_beside_rows_that_list_nothing(ops, truth, problem):
+    """Empty slots meet keys of zeros, whose score of 0 must not become the row's maximum."""
+    q, k, v, blocks = problem(53, 53, 8, 8, 4)
+    assert np.min(blocks.count) == 0 and np.max(blocks.count) == 4
+    q, k = jnp.abs(q) + 1, k - 100.0  # scores from -500 down
+    kw = dict(block_q=8, block_kv=8, return_lse=True)
+    kw["tail"] = ops.block_statistics(k, v, block_kv=8, group=4)
+    out, lse = ops.block_sparse_attention(q, k, v, blocks, **kw)
+    want, want_lse = truth.block_sparse_attention(q, k, v, blocks, **kw)
+    assert distance(out, want) < 1e-3  # scores of 1e3 carry roundings of 1e-4
+    assert distance(lse, want_lse) < 1e-6
+
+
 def test_batch_row_without_keys(ops, problem):
     q, k, v, blocks = problem(53, 53, 8, 8, 4)
     kv_length = jnp.asarray([0, 53], jnp.int32)
