@@ -16,9 +16,9 @@ from jaxtyping import Float
 
 from pasa_jax.models.tiny import scenes
 
-LAG = 4  # frames in a latent cell: frames this far apart come from different tokens
+LAG = 4  # frames in a latent frame: frames this far apart come from different tokens
 MIN_SPEED = 0.5  # px per frame; the scenes move at 2
-MIN_AGREEMENT = 0.5  # correlation of frames LAG apart after the measured motion
+MIN_AGREEMENT = 0.5  # correlation of two frames after the measured motion
 MAX_COLOUR_ERROR = 0.08  # mean squared distance to the two colours' segment
 MAX_SHAPE_ERROR = 0.35  # share of the shape's area by which its form differs
 
@@ -32,30 +32,43 @@ class Reading:
         colours: two names; (shape, background) for shapes.
         motif: the texture or shape.
         velocity: (rows, columns) px per frame.
-        agreement: correlation of frames one latent frame apart after the measured motion.
+        smoothness: correlation of consecutive frames after the measured motion.
+        agreement: the same of frames one latent frame apart.
     """
 
     drifting: bool
     colours: tuple[str, str] | None
     motif: str | None
     velocity: tuple[float, float]
+    smoothness: float
     agreement: float
 
     @property
-    def axis(self) -> int | None:
-        """0 for up and down, 1 for left and right; None when slow, slanted or incoherent."""
-        speeds = np.abs(self.velocity)
-        steady = speeds.max() >= MIN_SPEED and speeds.min() <= 0.5 * speeds.max()
-        return int(speeds.argmax()) if steady and self.agreement >= MIN_AGREEMENT else None
+    def steady(self) -> bool:
+        """Whether frames of different latent frames show one moving picture."""
+        return self.agreement >= MIN_AGREEMENT
 
     @property
-    def direction(self) -> str | None:
-        """The direction of motion, where `axis` can be told."""
+    def axis(self) -> int | None:
+        """0 for up and down, 1 for left and right; None when slow, slanted or not a motion."""
+        speeds = np.abs(self.velocity)
+        clear = speeds.max() >= MIN_SPEED and speeds.min() <= 0.5 * speeds.max()
+        clear = clear and self.smoothness >= MIN_AGREEMENT
+        return int(speeds.argmax()) if clear else None
+
+    @property
+    def towards(self) -> str | None:
+        """The direction of the motion, steady or not; None where `axis` is."""
         if self.axis is None:
             return None
         sign = 1 if self.velocity[self.axis] > 0 else -1
         step = (sign, 0) if self.axis == 0 else (0, sign)
         return next(name for name, value in scenes.DIRECTIONS.items() if value == step)
+
+    @property
+    def direction(self) -> str | None:
+        """The direction of motion, where it can be told and the frames agree."""
+        return self.towards if self.steady else None
 
 
 def read(video: Float[np.ndarray, "frames height width 3"]) -> Reading:
@@ -89,7 +102,8 @@ def _read_texture(video) -> Reading:
     velocity = _drift(mix)
     known = errors[pair] < MAX_COLOUR_ERROR
     motif = _texture_name(mix) if known else None
-    return Reading(True, pair if known else None, motif, velocity, _agreement(mix, velocity))
+    colours = pair if known else None
+    return Reading(True, colours, motif, velocity, *_agreements(mix, velocity))
 
 
 def _along(pixels, pair):
@@ -142,15 +156,20 @@ def _drift(mix) -> tuple[float, float]:
     return tuple(float(v) for v in np.linalg.solve(normal + ridge, target))
 
 
-def _agreement(mix, velocity) -> float:
-    """Mean correlation of frames LAG apart, the earlier one moved by the velocity."""
-    steps = [round(LAG * v) for v in velocity]
-    moved = np.roll(mix[:-LAG], steps, axis=(1, 2))
+def _agreements(mix, velocity) -> tuple[float, float]:
+    """Mean correlation of frames 1 and LAG apart, the earlier one moved by the velocity."""
+    return _agreement(mix, velocity, 1), _agreement(mix, velocity, LAG)
+
+
+def _agreement(mix, velocity, lag) -> float:
+    """One of `_agreements`."""
+    steps = [round(lag * v) for v in velocity]
+    moved = np.roll(mix[:-lag], steps, axis=(1, 2))
     # The texture need not wrap round: leave out what rolled in.
     inner = tuple(
         slice(max(s, 0), n + min(s, 0)) for s, n in zip(steps, mix.shape[1:], strict=True)
     )
-    pairs = zip(moved[(slice(None), *inner)], mix[LAG:][(slice(None), *inner)], strict=True)
+    pairs = zip(moved[(slice(None), *inner)], mix[lag:][(slice(None), *inner)], strict=True)
     return float(np.mean([_correlation(a, b) for a, b in pairs]))
 
 
@@ -169,7 +188,7 @@ def _read_shape(video, background) -> Reading:
     away = np.linalg.norm(video - ground, axis=-1)
     inside = away > 0.6
     if inside.mean() < 0.005:
-        return Reading(False, None, None, (0.0, 0.0), 0.0)
+        return Reading(False, None, None, (0.0, 0.0), 0.0, 0.0)
     mean_colour = np.median(video[inside], 0)
     distance = {
         name: float(((mean_colour - value) ** 2).sum())
@@ -182,12 +201,12 @@ def _read_shape(video, background) -> Reading:
     mix = np.where(mix > 0.15, mix, 0)
     mass = mix.sum((1, 2))
     if mass.min() < 0.3 * np.median(mass) or mass.min() < 1:
-        return Reading(False, (colour, background) if known else None, None, (0.0, 0.0), 0.0)
+        return Reading(False, (colour, background) if known else None, None, (0.0, 0.0), 0.0, 0.0)
     centres = np.stack([_centroid(frame) for frame in mix])
     velocity = tuple(float(v) for v in np.polyfit(np.arange(len(mix)), centres, 1)[0])
     colours = (colour, background) if known else None
     motif = _shape_name(mix, centres)
-    return Reading(False, colours, motif, velocity, _agreement(mix, velocity))
+    return Reading(False, colours, motif, velocity, *_agreements(mix, velocity))
 
 
 def _centroid(frame):
@@ -365,7 +384,11 @@ def _axis(scene, reading):
 
 def _sign(scene, reading):
     """Sign of the motion where the axis is right; otherwise unreadable."""
-    return reading.direction == scene.direction if _axis(scene, reading) else None
+    return reading.towards == scene.direction if _axis(scene, reading) else None
+
+
+def _steady(scene, reading):
+    return reading.steady
 
 
 def _direction(scene, reading):
@@ -390,6 +413,7 @@ _ATTRIBUTES = {
     "shape": _motif,
     "axis": _axis,
     "sign on the right axis": _sign,
+    "frames agree": _steady,
     "direction": _direction,
     "colours and direction": _together(_both_colours, _direction),
     "colour, direction and shape": _together(_both_colours, _direction, _motif),
@@ -400,6 +424,7 @@ _CHANCE = {
         "texture": 1 / 3,
         "axis": 1 / 2,
         "sign on the right axis": 1 / 2,
+        "frames agree": 0.0,
         "direction": 1 / 4,
         "colours and direction": 1 / 112,
     },
@@ -409,6 +434,7 @@ _CHANCE = {
         "shape": 1 / 3,
         "axis": 1 / 2,
         "sign on the right axis": 1 / 2,
+        "frames agree": 0.0,
         "direction": 1 / 4,
         "colour, direction and shape": 1 / 672,
     },

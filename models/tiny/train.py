@@ -62,7 +62,7 @@ MODEL_INDEX = {
     "text_encoder": ["pasa_jax.models.tiny.text", "TextEncoder"],
     "vae": ["pasa_jax.models.tiny.codec", "Codec"],
     "num_inference_steps": 20,
-    "guidance_scale": 2.5,
+    "guidance_scale": 4.0,
 }
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
