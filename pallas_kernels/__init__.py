@@ -1,9 +1,7 @@
 """Block-sparse attention on arrays: the public operations and one implementation a file."""
 
 if __name__ != "pasa_jax.pallas_kernels":
-    raise ImportError(
-        "import pasa_jax.pallas_kernels: a second copy of its modules would not share their types"
-    )
+    raise ImportError("import it as pasa_jax.pallas_kernels, or its types exist twice")
 
 from pasa_jax.pallas_kernels.api import (
     block_covariance_norm,

@@ -1,6 +1,7 @@
 """What can be asked of a checkpoint: its card, read without its weights, and checked settings."""
 
 import dataclasses
+import json
 import math
 import zipfile
 from pathlib import Path
@@ -155,7 +156,12 @@ def read_card(model: str | Path) -> Card:
 
 def _tiny_card(folder: Path) -> Card:
     config = _read_config(folder / "transformer")
-    defaults = Settings(20, 3.0, 2.5, "unipc", 16, 128, 128)
+    index, scheduler = (
+        json.loads((folder / name).read_text())
+        for name in ("model_index.json", "scheduler/scheduler_config.json")
+    )
+    steps, guidance = index["num_inference_steps"], index["guidance_scale"]
+    defaults = Settings(steps, scheduler["flow_shift"], guidance, "unipc", 16, 128, 128)
     return Card("tiny", folder, config, (4, 4, 4), False, True, 8.0, defaults)
 
 

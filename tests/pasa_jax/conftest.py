@@ -4,6 +4,7 @@ The imports stand in the fixtures, so that the folder's smaller tests do not wai
 """
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -51,6 +52,10 @@ def tiny_folder(tmp_path_factory):
     export_diffusers(random_model(config), folder / "transformer")
     text.save(text.TextEncoder(words, places), folder / "text_encoder")
     codec.save(codec.fit(4), folder / "vae")
+    index = {"num_inference_steps": 7, "guidance_scale": 2.5}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"flow_shift": 2.0}))
     return folder
 
 

@@ -237,6 +237,8 @@ def test_settings_out_of_range_are_refused(asked, words):
 def test_cards_tell_tiny_from_wan(tiny_folder):
     card = read_card(tiny_folder)
     assert card.complete and card.cell == (4, 4, 4)
+    told = (card.defaults.steps, card.defaults.shift, card.defaults.guidance)
+    assert told == (7, 2.0, 2.5), "the folder's own files say how it samples"
     wan = read_card(tiny_folder / "transformer")
     assert not wan.complete and wan.defaults.frames == 81 and wan.config == card.config
 
