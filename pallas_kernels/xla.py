@@ -91,9 +91,6 @@ def _balanced(total: int, most: int) -> int:
     return -(-total // pieces)
 
 
-# --- block_sparse_attention ---------------------------------------------------------------------
-
-
 class _Head(NamedTuple):
     """One head's key blocks, followed by one block of zeros for slots that list nothing."""
 
@@ -143,10 +140,12 @@ def _listed(tile: _Tile, head: _Head, chunk: int) -> _Softmax:
     key_ids, value_ids, live = _slots(tile, head.length)
 
     def add(i: Array, state: _Softmax) -> _Softmax:
-        at = lambda ids: lax.dynamic_slice_in_dim(ids, i * chunk, chunk, axis=1)  # noqa: E731
-        keys = head.k[at(key_ids)].reshape(rows, -1, h)  # [R, chunk · block_kv, H]
-        values = head.v[at(value_ids)].reshape(rows, -1, h)
-        inside = head.inside[at(value_ids)].reshape(rows, -1)
+        key_at, value_at = (
+            lax.dynamic_slice_in_dim(ids, i * chunk, chunk, axis=1) for ids in (key_ids, value_ids)
+        )
+        keys = head.k[key_at].reshape(rows, -1, h)  # [R, chunk · block_kv, H]
+        values = head.v[value_at].reshape(rows, -1, h)
+        inside = head.inside[value_at].reshape(rows, -1)
         scores = jnp.einsum("rqh,rkh->rqk", tile.q, keys)
         state, weights = _raise_top(state, scores)
         return _Softmax(
@@ -178,9 +177,9 @@ def _tail_head(tail: BlockStatistics, b: Array, n: Array, dtype: jnp.dtype) -> _
     groups = group_count(blocks, size)
     wide = _balanced(groups, max(1, min(TAIL_COLUMNS // h, TAIL_COLUMNS // size)))
     steps = -(-groups // wide)
-    take = lambda x: _slice(x, (b, n, *(0,) * (x.ndim - 2)), (1, 1, *x.shape[2:]))[0, 0]  # noqa: E731
     mean, value, matrix = (
-        take(x).astype(dtype) for x in (tail.key_mean, tail.value_sum, tail.covariance)
+        _slice(x, (b, n, *(0,) * (x.ndim - 2)), (1, 1, *x.shape[2:]))[0, 0].astype(dtype)
+        for x in (tail.key_mean, tail.value_sum, tail.covariance)
     )
     length = _pad_axis(tail.length[b], 0, steps * wide * size).reshape(steps, wide, size)
     length = length.astype(dtype)
@@ -305,9 +304,6 @@ def block_sparse_attention(
     return (out[:, :t], lse[:, :t]) if return_lse else out[:, :t]
 
 
-# --- dense_attention ----------------------------------------------------------------------------
-
-
 def _dense_rows(q: Array, k: Array, v: Array, inside: Array) -> tuple[Array, Array]:
     """Rows q [P, H], scaled, against keys [C, K, H] that come in C pieces."""
 
@@ -341,7 +337,7 @@ def _dense_small(q: Array, k: Array, v: Array, end: Array) -> tuple[Array, Array
     v = jnp.where(keep[:, :, None, None], v, 0)  # a weight of 0 does not silence a NaN
     scores = jnp.einsum("btnh,bsnh->bnts", q, k)
     scores = jnp.where(keep[:, None, None, :], scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1)
+    top = lax.stop_gradient(jnp.max(scores, axis=-1))
     weights = jnp.exp(scores - jnp.where(jnp.isneginf(top), 0, top)[..., None])
     mass = weights.sum(axis=-1)
     out = jnp.einsum("bnts,bsnh->bnth", weights, v)
@@ -378,9 +374,6 @@ def dense_attention(
         out = jnp.moveaxis(out.reshape(b, n, t, h), 1, 2)
         lse = jnp.moveaxis(lse.reshape(b, n, t), 1, 2)
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
-
-
-# --- block statistics ---------------------------------------------------------------------------
 
 
 class _Run(NamedTuple):
