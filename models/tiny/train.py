@@ -49,7 +49,7 @@ class Stage(NamedTuple):
 # ones then teach the rotary positions that the default video needs.
 SCHEDULE = (
     Stage(5000, ((2, 8, 8),), 1024),
-    Stage(1800, ((2, 8, 8), (4, 10, 10), (2, 12, 12)), 1200),
+    Stage(2200, ((2, 8, 8), (4, 10, 10), (2, 12, 12)), 1200),
     Stage(1300, ((4, 16, 16), (4, 10, 10), (2, 12, 12)), 2048),
 )
 
