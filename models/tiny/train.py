@@ -82,6 +82,8 @@ class TrainConfig:
         minutes: stop after this long, the last checkpoint written; run again to go on.
         export: write the averaged weights here, laid out as a diffusers pipeline, and stop.
         seed: of the weights and of every batch.
+        start: begin from these weights, laid out as a pipeline, in place of random ones.
+        scale: multiplies the steps of every stage; decided when a run begins.
         learning_rate: of Muon, for the matrices of the layers.
         adam_learning_rate: of Adam, for everything else.
     """
@@ -90,8 +92,19 @@ class TrainConfig:
     minutes: float = 9.0
     export: Path | None = None
     seed: int = 0
+    start: Path | None = None
+    scale: float = 1.0
     learning_rate: float = 0.02
     adam_learning_rate: float = 2e-3
+
+    def __post_init__(self):
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale} must be positive and finite")
+
+    @property
+    def schedule(self) -> tuple[Stage, ...]:
+        """The stages of this run."""
+        return tuple(stage._replace(steps=round(stage.steps * self.scale)) for stage in SCHEDULE)
 
 
 def architecture() -> WanConfig:
@@ -136,6 +149,16 @@ def _flat_product(x, kernel, *_args, **_options):
     """x @ kernel over one flat axis of rows: its gradient takes XLA half the time on a CPU."""
     product = x.reshape(-1, x.shape[-1]) @ kernel
     return product.reshape(*x.shape[:-1], -1)
+
+
+def read_params(folder: Path):
+    """The parameters of `init_params` from a folder that `export` wrote."""
+    # The converter stands above the models; only the training command needs it.
+    from pasa_jax.convert import load_model
+
+    model = load_model(folder / "transformer", "float32")
+    table = jax.tree.map(jnp.asarray, vars(text.load(folder / "text_encoder")))
+    return {"wan": nnx.to_pure_dict(nnx.state(model, nnx.Param)), "text": table}
 
 
 def _pass_through(params, config: WanConfig) -> None:
@@ -267,26 +290,28 @@ def make_step(graph, optimizer):
     return jax.jit(update, donate_argnums=0)
 
 
-def stage_at(step: int) -> tuple[int, Stage]:
+def stage_at(schedule: tuple[Stage, ...], step: int) -> tuple[int, Stage]:
     """The stage a step belongs to, and its number."""
-    ends = np.cumsum([stage.steps for stage in SCHEDULE])
+    ends = np.cumsum([stage.steps for stage in schedule])
     number = int(np.searchsorted(ends, step, side="right"))
-    return number, SCHEDULE[number]
+    return number, schedule[number]
 
 
-def batch_at(encode, seed: int, step: int):
+def batch_at(encode, config: TrainConfig, step: int):
     """The batch of a step: grid, and what `make_batch` gives."""
-    _, stage = stage_at(step)
+    _, stage = stage_at(config.schedule, step)
     grid = stage.grids[step % len(stage.grids)]
     batch = max(1, stage.tokens // math.prod(grid))
-    return grid, make_batch(encode, grid, batch, (seed, step))
+    return grid, make_batch(encode, grid, batch, (config.seed, step))
 
 
 def train(config: TrainConfig) -> None:
     """Goes on with the run in `config.out` until its time is over or the schedule's end."""
-    total = sum(stage.steps for stage in SCHEDULE)
+    total = sum(stage.steps for stage in config.schedule)
     config.out.mkdir(parents=True, exist_ok=True)
     graph, params = init_params(architecture(), config.seed)
+    if config.start is not None:
+        params = read_params(config.start)
     optimizer = make_optimizer(config, total)
     # Copies: the update donates the state, which must not hold one array twice.
     state = TrainState(params, optimizer.init(params), params)
@@ -305,7 +330,7 @@ def train(config: TrainConfig) -> None:
         if step != manager.latest_step():
             manager.save(step, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
-    history.write(config.out / "history.json")
+    history.write(config.out / "history.json", config.schedule)
     plot(history, config.out / "loss.png")
     if step < total:
         print(f"stopped at step {step} of {total}; the same command goes on from here")
@@ -321,7 +346,7 @@ def _run(config, graph, optimizer, state, step, total, history):
     losses = []
     with tqdm(total=total, initial=step, desc="training tiny", unit="step") as bar:
         while step < total and time.monotonic() - begin < 60 * config.minutes:
-            grid, batch = batch_at(encode, config.seed, step)
+            grid, batch = batch_at(encode, config, step)
             state, loss = update(state, jnp.float32(step), *batch, noise_shift(grid))
             losses.append(float(loss))
             step += 1
@@ -360,18 +385,19 @@ class History:
             values[:keep] for values in (self.steps, self.losses, self.minutes)
         )
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, schedule: tuple[Stage, ...]) -> None:
         """Writes the curve, and a summary of every stage, as JSON."""
-        path.write_text(json.dumps({"stages": self.stages(), "curve": vars(self)}) + "\n")
+        record = {"stages": self.stages(schedule), "curve": vars(self)}
+        path.write_text(json.dumps(record) + "\n")
 
-    def stages(self) -> list[dict]:
+    def stages(self, schedule: tuple[Stage, ...]) -> list[dict]:
         """Steps, videos, minutes and last loss of each stage begun."""
         table = []
-        for number, stage in enumerate(SCHEDULE):
+        for number, stage in enumerate(schedule):
             rows = [
                 (loss, minutes)
                 for step, loss, minutes in zip(self.steps, self.losses, self.minutes, strict=True)
-                if stage_at(step - 1)[0] == number
+                if stage_at(schedule, step - 1)[0] == number
             ]
             if rows:
                 steps = len(rows) * LOG_STEPS
@@ -405,7 +431,7 @@ def export(config: TrainConfig) -> None:
     Raises:
         ValueError: the run has no checkpoint.
     """
-    # The converter stands above the models; only this command needs it.
+    # As in `read_params`.
     from pasa_jax.convert.checkpoint import export_diffusers
 
     graph, params = init_params(architecture(), config.seed)

@@ -341,3 +341,21 @@ def test_shipped_folder_is_whole_and_small():
     shipped, fitted = codec.load(tiny.WEIGHTS / "vae"), codec.fit()
     # The same fit on another machine's linear algebra, f32.
     np.testing.assert_allclose(shipped.encoder, fitted.encoder, atol=1e-3)
+
+
+def test_training_can_start_from_shipped_weights():
+    params = train.read_params(tiny.WEIGHTS)
+    _, fresh = train.init_params(train.architecture(), 0)
+    assert jax.tree.structure(params) == jax.tree.structure(fresh)
+    for mine, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(fresh), strict=True):
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+    shipped = text.load(tiny.WEIGHTS / "text_encoder")
+    np.testing.assert_array_equal(params["text"]["words"], shipped.words)
+
+
+def test_scale_stretches_the_schedule(tmp_path):
+    stages = train.TrainConfig(tmp_path, scale=2.0).schedule
+    assert [s.steps for s in stages] == [2 * s.steps for s in train.SCHEDULE]
+    assert train.stage_at(stages, stages[0].steps) == (1, stages[1])
+    with pytest.raises(ValueError, match="scale=0.0 must be positive"):
+        train.TrainConfig(tmp_path, scale=0.0)
