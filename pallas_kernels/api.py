@@ -226,6 +226,7 @@ def block_covariance_norm(
     block_kv: int,
     group: int,
     kv_length: Int[Array, " B"] | None = None,
+    statistics: BlockStatistics | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B N J"]:
     """How far each block's first-order matrix lies from its group's mean, ‖H_j − H̄_j‖_F.
@@ -239,18 +240,24 @@ def block_covariance_norm(
         block_kv: tokens per key block.
         group: blocks per mean; the number of key blocks or more means one mean for all.
         kv_length: valid keys of each batch row, from the start; None means all S.
+        statistics: `block_statistics` of the same operands, which spares a pass; its group is
+            `group`, or any where `group` spans all blocks.
         implementation: "xla"; None picks the best that runs here.
 
     Returns:
         Frobenius norms in float32 (float64 for float64 input); 0 for a block with no valid token.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or a size is below 1.
+        ValueError: shapes, dtypes or the statistics do not fit together, or a size is below 1.
 
     Source: PISA (arXiv:2602.01077), covariance-aware routing.
     """
     check_qkv(k, k, v, kv_length)
     check_positive(block_kv=block_kv, group=group)
+    blocks = num_blocks(k.shape[1], block_kv)
+    check_tail(statistics, 1, (k.shape[0], k.shape[2], blocks, k.shape[3]))
+    if statistics is not None and group < blocks and statistics.group != group:
+        raise ValueError(f"{statistics.group=} must be {group=}")
     return _dispatch(
         "block_covariance_norm",
         implementation,
@@ -259,6 +266,7 @@ def block_covariance_norm(
         block_kv=block_kv,
         group=group,
         kv_length=kv_length,
+        statistics=statistics,
     )
 
 

@@ -82,8 +82,9 @@ def block_covariance_norm(
     block_kv: int,
     group: int,
     kv_length: Int[Array, " B"] | None = None,
+    statistics: BlockStatistics | None = None,
 ) -> Float[Array, "B N J"]:
-    """See `api.block_covariance_norm`."""
+    """See `api.block_covariance_norm`; computes the statistics anew."""
     _, _, length, covariance = _block_covariance(k, v, block_kv, kv_length)
     total = _group_sum(covariance, group, 2)
     tokens = jnp.maximum(_group_sum(length, group, 1), 1)

@@ -134,28 +134,38 @@ def _slots(tile: _Tile, length: Array) -> tuple[Array, Array, Array]:
     return jnp.where(live, ids, first), jnp.where(live, ids, blocks), live
 
 
-def _listed(tile: _Tile, head: _Head, chunk: int) -> _Softmax:
-    """Softmax over the listed blocks, `chunk` slots at a time; time follows the largest count."""
+def _add_slots(
+    state: _Softmax, tile: _Tile, head: _Head, key_ids: Array, value_ids: Array
+) -> _Softmax:
+    """Adds the blocks of some slots [R, C]."""
+    rows, _, h = tile.q.shape
+    keys = head.k[key_ids].reshape(rows, -1, h)  # [R, C · block_kv, H]
+    values = head.v[value_ids].reshape(rows, -1, h)
+    inside = head.inside[value_ids].reshape(rows, -1)
+    state, weights = _raise_top(state, jnp.einsum("rqh,rkh->rqk", tile.q, keys))
+    return _Softmax(
+        state.top,
+        state.mass + jnp.einsum("rqk,rk->rq", weights, inside),
+        state.out + jnp.einsum("rqk,rkh->rqh", weights, values),
+    )
+
+
+def _listed(tile: _Tile, head: _Head, chunks: tuple[int, int]) -> _Softmax:
+    """Softmax over the listed blocks, many slots at a time and then few: time follows the count."""
     rows, block_q, h = tile.q.shape
     key_ids, value_ids, live = _slots(tile, head.length)
+    state = _start((rows, block_q), h, tile.q.dtype)
+    most, start = jnp.max(tile.count), jnp.int32(0)
+    many, few = chunks
+    for size, steps in ((many, most // many), (few, (most % many + few - 1) // few)):
 
-    def add(i: Array, state: _Softmax) -> _Softmax:
-        key_at, value_at = (
-            lax.dynamic_slice_in_dim(ids, i * chunk, chunk, axis=1) for ids in (key_ids, value_ids)
-        )
-        keys = head.k[key_at].reshape(rows, -1, h)  # [R, chunk · block_kv, H]
-        values = head.v[value_at].reshape(rows, -1, h)
-        inside = head.inside[value_at].reshape(rows, -1)
-        scores = jnp.einsum("rqh,rkh->rqk", tile.q, keys)
-        state, weights = _raise_top(state, scores)
-        return _Softmax(
-            state.top,
-            state.mass + jnp.einsum("rqk,rk->rq", weights, inside),
-            state.out + jnp.einsum("rqk,rkh->rqh", weights, values),
-        )
+        def add(i: Array, state: _Softmax, start: Array = start, size: int = size) -> _Softmax:
+            at = start + i * size
+            ids = (lax.dynamic_slice_in_dim(x, at, size, axis=1) for x in (key_ids, value_ids))
+            return _add_slots(state, tile, head, *ids)
 
-    steps = (jnp.max(tile.count) + chunk - 1) // chunk
-    state = lax.fori_loop(0, steps, add, _start((rows, block_q), h, tile.q.dtype))
+        state = lax.fori_loop(0, steps, add, state)
+        start = start + steps * size
     # A row without a listed block has met the zero keys only: forget their maximum.
     top = jnp.where(jnp.any(live, axis=1)[:, None], state.top, -jnp.inf)
     return state._replace(top=top)
@@ -243,9 +253,11 @@ def _cut_head(k: Array, v: Array, length: Array, block: int, tail: _TailHead | N
     return _Head(k, v, inside.astype(k.dtype), length, tail)
 
 
-def _attend_tile(tile: _Tile, head: _Head, chunk: int, order: int) -> tuple[Array, Array]:
+def _attend_tile(
+    tile: _Tile, head: _Head, chunks: tuple[int, int], order: int
+) -> tuple[Array, Array]:
     """Output [P, H] and log-sum-exp [P] of one tile's rows."""
-    state = _listed(tile, head, chunk)
+    state = _listed(tile, head, chunks)
     rows, block_q, h = tile.q.shape
     state = jax.tree.map(lambda x: x.reshape(rows * block_q, *x.shape[2:]), state)
     if head.tail is not None:
@@ -274,11 +286,12 @@ def block_sparse_attention(
     scale = jnp.asarray(h**-0.5 if scale is None else scale, dtype)
     lengths = block_lengths(k.shape[1], block_kv, kv_length, b)
     query_blocks, slots = blocks.ids.shape[2:]
-    chunk = _balanced(slots, TILE_KEYS // block_kv)
+    few = max(1, TILE_KEYS // block_kv // 4)
+    chunks = (4 * few, few)
     rows = _balanced(query_blocks, TILE_QUERIES // block_q)
     tiles = -(-query_blocks // rows)
     q = _pad_axis(q, 1, tiles * rows * block_q)
-    ids = _pad_axis(_pad_axis(blocks.ids, 2, tiles * rows), 3, -(-slots // chunk) * chunk)
+    ids = _pad_axis(_pad_axis(blocks.ids, 2, tiles * rows), 3, max(4 * few, -(-slots // few) * few))
     count = _pad_axis(jnp.minimum(blocks.count, slots), 2, tiles * rows)
 
     def one_tile(i: Array, bi: Array, ni: Array, head: _Head, carry: tuple[Array, Array]):
@@ -287,7 +300,7 @@ def block_sparse_attention(
         row_ids = _slice(ids, (bi, ni, i * rows, 0), (1, 1, rows, ids.shape[3]))[0, 0]
         row_count = _slice(count, (bi, ni, i * rows), (1, 1, rows))[0, 0]
         tile = _Tile(piece.astype(dtype) * scale, row_ids, row_count)
-        out, lse = _attend_tile(tile, head, chunk, order)
+        out, lse = _attend_tile(tile, head, chunks, order)
         return _write(carry[0], out[None, :, None], at), _write(
             carry[1], lse[None, :, None], at[:3]
         )
@@ -476,10 +489,14 @@ def block_covariance_norm(
     block_kv: int,
     group: int,
     kv_length: Int[Array, " B"] | None = None,
+    statistics: BlockStatistics | None = None,
 ) -> Float[Array, "B N J"]:
-    """See `api.block_covariance_norm`. Two passes; the second holds the H_j of a few blocks."""
-    statistics = block_statistics(k, v, block_kv=block_kv, group=group, kv_length=kv_length)
+    """See `api.block_covariance_norm`. Holds the H_j of a few blocks of one head at a time."""
+    if statistics is None:
+        statistics = block_statistics(k, v, block_kv=block_kv, group=group, kv_length=kv_length)
     lengths, covariance = statistics.length, statistics.covariance
+    if group >= lengths.shape[1]:
+        covariance = covariance.sum(axis=2, keepdims=True)
     groups, blocks = covariance.shape[2], lengths.shape[1]
     tokens = _pad_axis(lengths, 1, groups * min(group, blocks)).reshape(len(lengths), groups, -1)
     tokens = jnp.maximum(tokens.sum(axis=2), 1).astype(covariance.dtype)  # [B, G]

@@ -78,6 +78,13 @@ def test_bad_tail(tail, order, message):
         )
 
 
+def test_statistics_of_another_group():
+    with pytest.raises(ValueError, match="statistics.group=1 must be group=2"):
+        api.block_covariance_norm(
+            X, X, block_kv=4, group=2, statistics=statistics(groups=3, group=1)
+        )
+
+
 def test_unknown_implementation():
     with pytest.raises(ValueError, match="implementation='flash' must be one of cudnn, xla"):
         api.dense_attention(X, X, X, implementation="flash")
@@ -114,15 +121,3 @@ def test_cudnn_refuses_what_it_cannot_do(monkeypatch):
     # Without a GPU jax itself refuses, as it does there for float32.
     with pytest.raises(NotImplementedError, match="cudnn: ."):
         api.dense_attention(X, X, X, implementation="cudnn")
-
-
-def test_a_second_copy_of_the_package_is_refused(monkeypatch):
-    import importlib
-    import sys
-    from pathlib import Path
-
-    root = Path(api.__file__).resolve().parent.parent
-    monkeypatch.syspath_prepend(str(root))
-    monkeypatch.delitem(sys.modules, "pallas_kernels", raising=False)
-    with pytest.raises(ImportError, match="import pasa_jax.pallas_kernels"):
-        importlib.import_module("pallas_kernels")

@@ -39,6 +39,8 @@ def test_equals_closed_form(pieces, truth, problem, s, block_kv, group, dtype):
     for name in ("key_mean", "value_sum", "covariance"):
         close(getattr(got, name), getattr(want, name))
     close(norm, want_norm, size=want.covariance)  # it may be 0: one block is its group's mean
+    again = pieces.block_covariance_norm(k, v, **kw, statistics=got)
+    close(again, want_norm, size=want.covariance)
 
 
 def test_by_hand(ops):
@@ -55,6 +57,13 @@ def test_by_hand(ops):
     # Means for blocks of 2 and 1 tokens: 2/3·10 and 1/3·10.
     norm = np.asarray(ops.block_covariance_norm(k, v, **kw)).ravel()
     assert norm == pytest.approx([10 / 3, 10 / 3], rel=1e-6)
+
+
+def test_statistics_of_groups_serve_the_global_norm(ops, truth, problem):
+    _, k, v, _ = problem(101, 101, 8, 8, 1)
+    statistics = ops.block_statistics(k, v, block_kv=8, group=4)
+    norm = ops.block_covariance_norm(k, v, block_kv=8, group=99, statistics=statistics)
+    close(norm, truth.block_covariance_norm(k, v, block_kv=8, group=99))
 
 
 @pytest.mark.parametrize("group", [4, 8])
