@@ -251,23 +251,44 @@ def is_converted(path: Path) -> bool:
     return config.is_file() and read_json(config).get("format") == FORMAT
 
 
+def read_converted_config(path: Path) -> tuple[WanConfig, str]:
+    """Architecture and stored dtype of a converted folder.
+
+    Raises:
+        ValueError: its config.json is not what `convert_checkpoint` writes.
+    """
+    meta = read_json(path / CONFIG)
+    config = meta.get("config")
+    names = {field.name for field in dataclasses.fields(WanConfig)}
+    if not isinstance(config, dict) or set(config) != names or "dtype" not in meta:
+        raise ValueError(f"{str(path / CONFIG)!r} must hold a dtype and {', '.join(sorted(names))}")
+    if not isinstance(config["patch"], list) or len(config["patch"]) != 3:
+        raise ValueError(f"config.json has patch={config['patch']!r}, must be three integers")
+    patch = tuple(wan.check_size("patch", p) for p in config["patch"])
+    sizes = {k: wan.check_size(k, config[k]) for k in names - {"patch", "eps"}}
+    eps = wan.check_eps(config["eps"])
+    return WanConfig(patch=patch, eps=eps, **sizes), check_dtype(meta["dtype"])
+
+
 def load_converted(path: Path, dtype: Any) -> Wan:
     """Restores a converted folder through Orbax, cast on the way."""
-    meta = read_json(path / CONFIG)
+    config, stored = read_converted_config(path)
     if not (path / PARAMS).is_dir():
         raise ValueError(f"{str(path)!r} has no {PARAMS}/ and must be converted again")
-    config = {**meta["config"], "patch": tuple(meta["config"]["patch"])}
-    name = check_dtype(meta["dtype"] if dtype is None else dtype)
-    model = wan.abstract_model(WanConfig(**config), name)
+    model = wan.abstract_model(config, check_dtype(stored if dtype is None else dtype))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
         key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         for key, leaf in wan.flat_parameters(model).items()
     }
     with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(
-            (path / PARAMS).resolve(), traverse_util.unflatten_dict(target, sep="/")
-        )
+        try:
+            restored = checkpointer.restore(
+                (path / PARAMS).resolve(), traverse_util.unflatten_dict(target, sep="/")
+            )
+        except Exception as error:  # Orbax and TensorStore have no common class for damage
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{str(path)!r} is damaged, convert it again: {first}") from error
     return with_parameters(model, traverse_util.flatten_dict(restored, sep="/"))
 
 

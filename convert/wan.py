@@ -164,8 +164,7 @@ def read_config(config: Mapping[str, Any]) -> WanConfig:
     patch, eps = config["patch_size"], config["eps"]
     if not isinstance(patch, list) or len(patch) != 3:
         raise ValueError(f"config.json has patch_size={patch!r}, must be three integers")
-    if not isinstance(eps, float) or not 0 < eps < 1:
-        raise ValueError(f"config.json has {eps=}, must be in (0, 1)")
+    check_eps(eps)
     patch = tuple(check_size("patch_size", p) for p in patch)
     return WanConfig(patch=patch, eps=eps, **sizes, **extra)
 
@@ -175,6 +174,13 @@ def check_size(name: str, value: Any) -> int:
     if type(value) is not int or not 0 < value < 2**31:
         raise ValueError(f"config.json has {name}={value!r}, must be a positive integer")
     return value
+
+
+def check_eps(eps: Any) -> float:
+    """The epsilon of the norms from a config.json."""
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise ValueError(f"config.json has {eps=}, must be in (0, 1)")
+    return eps
 
 
 def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

@@ -77,8 +77,9 @@ def _total_blocks(density, num_blocks: int, sparse_steps: int) -> int | Int[Arra
 
 def _bounds(total, sparse_steps: int, num_blocks: int, min_density: float, max_density: float):
     """Blocks a step may get at least and at most, widened until `total` is reachable."""
-    low = max(1, int(np.ceil(min_density * num_blocks)))
-    high = max(1, int(np.floor(max_density * num_blocks)))
+    # Rounded first: 0.07 · 100 is 7.000000000000001 in floating point.
+    low = max(1, int(np.ceil(round(min_density * num_blocks, 6))))
+    high = max(1, int(np.floor(round(max_density * num_blocks, 6))))
     total = jnp.asarray(total, jnp.int32)
     return jnp.minimum(low, total // sparse_steps), jnp.maximum(high, -(-total // sparse_steps))
 

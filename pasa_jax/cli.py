@@ -201,9 +201,7 @@ def generate(argv: list[str]) -> None:
     options = _parse(options_class, "generate", argv, about)
     with _refusing("pasa-jax generate"):
         job = _job(options, policy_class)
-    from pasa_jax.pipeline import Pipeline
-
-    pipeline = Pipeline.load(job.card)
+    pipeline = _load("generate", job.card)
     for start in range(0, len(job.prompts), options.batch):
         part = slice(start, start + options.batch)
         result = pipeline.generate(
@@ -217,8 +215,22 @@ def generate(argv: list[str]) -> None:
             progress=options.progress,
             **dataclasses.asdict(job.settings),
         )
-        _write(result, job.targets[part], job.card.fps)
+        with _refusing("pasa-jax generate", OSError):
+            _write(result, job.targets[part], job.card.fps)
     print(f"{time.perf_counter() - began:.1f} s in all")
+
+
+def _load(command: str, card: Any) -> Any:
+    """The card's pipeline; a damaged checkpoint is refused in one line."""
+    from safetensors import SafetensorError
+
+    from pasa_jax.pipeline import Pipeline
+
+    with _refusing(f"pasa-jax {command}"):
+        try:
+            return Pipeline.load(card)
+        except (OSError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"model={str(card.folder)!r} is damaged: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,8 +258,12 @@ def _job(options: Any, policy_class: type) -> Job:
     policy_class(**vars(policy_options))
     card = read_card(options.model)
     settings = options.settings(card)
-    block_q = block_q or card.block(settings)
-    policy = policy_class(**vars(policy_options), block_q=block_q, block_kv=block_kv or block_q)
+    block_q = card.block(settings) if block_q is None else block_q
+    block_kv = block_q if block_kv is None else block_kv
+    policy = policy_class(**vars(policy_options), block_q=block_q, block_kv=block_kv)
+    tokens = card.grid(settings).num_tokens
+    if max(block_q, block_kv) > tokens:
+        raise ValueError(f"{block_q=} and {block_kv=} must be at most the video's {tokens=}")
     if options.batch < 1:
         raise ValueError(f"batch={options.batch} must be at least 1")
     check_seeds(list(options.seed))
@@ -296,10 +312,12 @@ def _texts(options: Any, card: Any, settings: Any) -> tuple[np.ndarray | None, n
     check_prompts(list(options.prompts))
     files, negative = options.prompt_states, options.negative_states
     missing = f"{card.name} has no text encoder here, so give"
-    if card.complete and not files:
+    if card.complete:
         from pasa_jax.models.tiny.text import word_ids
 
-        for prompt in (*options.prompts, options.negative_prompt):
+        word_ids(options.negative_prompt)
+    if card.complete and not files:
+        for prompt in options.prompts:
             word_ids(prompt)
     elif len(files) != len(options.prompts):
         raise ValueError(
@@ -329,9 +347,11 @@ def _targets(out: Path | None, prompts: list[str], seeds: list[int], suffix: str
         targets = [out] * len(prompts)
     if len(set(targets)) < len(targets):
         hint = (
-            "an existing folder" if targets[0] == out else "left out, or seeds and prompts differ"
+            f"out={str(out)!r} must be an existing folder"
+            if targets[0] == out
+            else "prompts and seeds must differ"
         )
-        raise ValueError(f"out={str(out)!r} must be {hint}, to hold {len(targets)} videos apart")
+        raise ValueError(f"{hint}, to hold {len(targets)} videos apart")
     for target in targets:
         shown = VIDEO_SUFFIXES + STILL_SUFFIXES
         check_target(target, shown if suffix in shown else (suffix,))
@@ -417,7 +437,7 @@ def calibrate(argv: list[str]) -> None:
     from pasa_jax.video import atomic
 
     curve = pipeline.calibrate(
-        pipeline.Pipeline.load(card),
+        _load("calibrate", card),
         list(options.prompts),
         negative_prompt=options.negative_prompt,
         states=None if states is None else list(states),
@@ -498,9 +518,8 @@ def check(argv: list[str]) -> None:
     with _refusing("pasa-jax check"):
         card, settings, policies = _check_job(options)
     from pasa_jax.models.tiny import check as tiny_check
-    from pasa_jax.pipeline import Pipeline
 
-    pipeline, asked = Pipeline.load(card), tiny_check.prompts(options.prompts, options.seed)
+    pipeline, asked = _load("check", card), tiny_check.prompts(options.prompts, options.seed)
     for policy in policies:
         seeds = itertools.count(options.seed)
         results = []
@@ -519,12 +538,14 @@ def check(argv: list[str]) -> None:
 
         title = f"{type(policy).__name__}: {len(asked)} prompts, {settings.steps} steps"
         print(tiny_check.check(videos, asked, batch=options.batch, title=title))
-        seconds = np.median([r.seconds for r in results]) / options.batch
-        print(f"\nmean density {results[0].densities.mean():.3f}, {seconds:.3f} s a step\n")
+        seconds = np.median(np.concatenate([r.seconds / len(r.prompts) for r in results]))
+        density = results[0].densities.mean()
+        print(f"\nmean density {density:.3f}, {seconds:.3f} s a step and video\n")
 
 
 def _check_job(options: Check) -> tuple[Any, Any, list[Any]]:
     """Card, settings and policies of a check."""
+    from pasa_jax.models.tiny.text import word_ids
     from pasa_jax.policies import make_policy
     from pasa_jax.settings import check_seeds, read_card
 
@@ -532,10 +553,17 @@ def _check_job(options: Check) -> tuple[Any, Any, list[Any]]:
         if getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)} must be at least 1")
     check_seeds([options.seed])
+    if not options.policies:
+        raise ValueError(f"policies={options.policies} must name at least one")
+    if options.negative_states is not None:
+        raise ValueError("negative_states must be left out: the check writes prompts in words")
     card = read_card(options.model)
     settings = options.settings(card)
     if not card.complete:
         raise ValueError(f"model={options.model!r} must be tiny: the check reads tiny's scenes")
+    word_ids(options.negative_prompt)
+    if settings.frames < 8:
+        raise ValueError(f"frames={settings.frames} must be at least 8 to tell motion")
     block = card.block(settings)
     sparse = {"density": options.density, "dense_prefix": options.dense_prefix}
     policies = [

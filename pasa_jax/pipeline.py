@@ -120,7 +120,8 @@ class Pipeline:
             prompts: at least one, none empty.
             policy: attention method; None is PASA with its defaults and the card's block size.
             seeds: one a prompt, unsigned 32-bit; None gives all 0. A video depends on its prompt,
-                seed and settings, not on its place in the batch.
+                seed and settings, not on its place in the batch; only an online budget is one for
+                all, and follows the mean of the batch.
             negative_prompt: what guidance leads away from.
             states, negative_states: text states in place of encoded prompts.
             curve: recorded by `calibrate` in these very settings, shares the budget over the

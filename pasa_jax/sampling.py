@@ -1,7 +1,6 @@
 """Flow-matching schedules and samplers, Euler and UniPC as Wan uses them; knows no model."""
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,8 @@ from jaxtyping import Array, Float, Int
 
 SAMPLERS = ("euler", "unipc")
 TRAIN_TIMESTEPS = 1000  # Wan's num_train_timesteps: a timestep is 1000 times its sigma
+MAX_STEPS = TRAIN_TIMESTEPS
+MAX_SHIFT = 100.0  # Wan uses 3 to 12; far beyond, neighbouring levels are equal in float32
 _EPSILON = 1e-6  # UniPC starts at sigma 1 - 1e-6, where log(1 - sigma) is finite
 
 
@@ -66,7 +67,8 @@ def make_schedule(sampler: str, steps: int, shift: float) -> Schedule:
         The schedule, all arrays f32.
 
     Raises:
-        ValueError: an unknown sampler, steps below 1, or a shift that is not a positive number.
+        ValueError: an unknown sampler, steps not from 1 to MAX_STEPS, or a shift
+            not from 1 / MAX_SHIFT to MAX_SHIFT.
 
     Source: diffusers' FlowMatchEulerDiscreteScheduler(shift) and UniPCMultistepScheduler(
     flow_prediction, use_flow_sigmas, flow_shift), order 2, B(h) = expm1 (UniPC, arXiv:2302.04867).
@@ -90,10 +92,13 @@ def check_schedule(sampler: str, steps: int, shift: float) -> None:
     """Raises ValueError where `make_schedule` would, without building anything."""
     if sampler not in SAMPLERS:
         raise ValueError(f"{sampler=} must be one of {', '.join(SAMPLERS)}")
-    if steps < 1:
-        raise ValueError(f"{steps=} must be at least 1; the nearest valid choice is 1")
-    if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f"{shift=} must be a positive number; 1 means no shift")
+    if not 1 <= steps <= MAX_STEPS:
+        nearest = min(max(steps, 1), MAX_STEPS)
+        raise ValueError(f"{steps=} must be from 1 to {MAX_STEPS}; the nearest is {nearest}")
+    if not 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
+        raise ValueError(
+            f"{shift=} must be from {1 / MAX_SHIFT} to {MAX_SHIFT:g}; 1 means no shift"
+        )
 
 
 def init_state(schedule: Schedule, latents: Float[Array, "..."]) -> State:

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -115,7 +118,8 @@ class Card:
 
     def block(self, settings: Settings) -> int:
         """Tokens a block where none is asked for: 64 as published, 16 below 4,096 tokens."""
-        return 64 if self.grid(settings).num_tokens >= 4096 else 16
+        tokens = self.grid(settings).num_tokens
+        return 64 if tokens >= 4096 else min(16, tokens)
 
 
 def check_prompts(prompts: list[str]) -> None:
@@ -128,7 +132,9 @@ def check_prompts(prompts: list[str]) -> None:
 
 
 def check_seeds(seeds: list[int]) -> None:
-    """Raises ValueError for a seed that is no unsigned 32-bit number."""
+    """Raises ValueError for no seed at all, or one that is no unsigned 32-bit number."""
+    if not seeds:
+        raise ValueError(f"{seeds=} must hold at least one seed")
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise ValueError(f"{seed=} must be from 0 to {2**32 - 1}")
@@ -156,13 +162,22 @@ def read_card(model: str | Path) -> Card:
 
 def _tiny_card(folder: Path) -> Card:
     config = _read_config(folder / "transformer")
-    index, scheduler = (
-        json.loads((folder / name).read_text())
-        for name in ("model_index.json", "scheduler/scheduler_config.json")
-    )
-    steps, guidance = index["num_inference_steps"], index["guidance_scale"]
-    defaults = Settings(steps, scheduler["flow_shift"], guidance, "unipc", 16, 128, 128)
+    steps = _read_number(folder / "model_index.json", "num_inference_steps", int)
+    guidance = _read_number(folder / "model_index.json", "guidance_scale", float)
+    shift = _read_number(folder / "scheduler" / "scheduler_config.json", "flow_shift", float)
+    defaults = Settings(steps, shift, guidance, "unipc", 16, 128, 128)
     return Card("tiny", folder, config, (4, 4, 4), False, True, 8.0, defaults)
+
+
+def _read_number(file: Path, key: str, kind: type) -> Any:
+    """A number from a JSON file of tiny's folder."""
+    try:
+        value = json.loads(file.read_text())[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(file)!r} must be JSON with a number {key!r}: {error}") from error
+    if type(value) is not kind:
+        raise ValueError(f"{str(file)!r} has {key}={value!r}, must be of type {kind.__name__}")
+    return value
 
 
 def _wan_card(folder: Path) -> Card:
@@ -176,15 +191,29 @@ def _wan_card(folder: Path) -> Card:
 
 
 def _read_config(folder: Path) -> WanConfig:
-    from pasa_jax.convert.checkpoint import is_converted, plan_conversion, read_json
+    from pasa_jax.convert.checkpoint import is_converted, plan_conversion, read_converted_config
 
     try:
         if is_converted(folder):
-            config = read_json(folder / "config.json")["config"]
-            return WanConfig(**{**config, "patch": tuple(config["patch"])})
+            return read_converted_config(folder)[0]
         return plan_conversion(folder, None).config
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model={str(folder)!r} must be a checkpoint of Wan: {error}") from error
+
+
+# What damaged or hostile array files make numpy raise.
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    MemoryError,
+    NotImplementedError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_states(path: str | Path, config: WanConfig) -> Float[np.ndarray, "E D"]:
@@ -203,9 +232,9 @@ def read_states(path: str | Path, config: WanConfig) -> Float[np.ndarray, "E D"]
     path = Path(path)
     try:
         arrays = _read_arrays(path)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         raise ValueError(f"prompt states {str(path)!r} could not be read: {error}") from error
-    if len(arrays) != 1:
+    if len(arrays) != 1 or not isinstance(arrays[0], np.ndarray):
         raise ValueError(f"prompt states {str(path)!r} hold {len(arrays)} arrays, must be one")
     (states,) = arrays
     rule = f"at most {config.text_len} tokens of width {config.text_dim}"
@@ -219,7 +248,8 @@ def read_states(path: str | Path, config: WanConfig) -> Float[np.ndarray, "E D"]
 
 def _read_arrays(path: Path) -> list[np.ndarray]:
     if path.suffix == ".npy":
-        return [np.load(path, allow_pickle=False)]
+        # Mapped, so that a header cannot ask for more memory than the file has bytes.
+        return [np.load(path, mmap_mode="r", allow_pickle=False)]
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as file:
             return [file[name] for name in file.files]

@@ -5,7 +5,7 @@ In a pipeline of one's own, `v_t` being the velocity the model predicts at step 
     policy = Pasa(density=0.15)
     budgets = jnp.asarray(policy.budgets(num_steps, num_blocks, curve.mean))
     bound = policy.max_budget(num_steps, num_blocks, curve.mean)  # static length of block lists
-    run = Attention(policy, "sparse", step, budgets[step], keys, bound)
+    run = Attention(policy, policy.modes(num_steps)[step], step, budgets[step], keys, bound)
     out, _ = attend(q, k, v, run, layer=layer)
 """
 

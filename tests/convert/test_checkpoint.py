@@ -312,3 +312,25 @@ def test_a_file_without_config(tmp_path, save):
     (src / "config.json").unlink()
     with pytest.raises(ValueError, match="no config.json beside it, and not of the size of a"):
         convert(src / "diffusion_pytorch_model.safetensors", tmp_path / "dst")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_heads", 0), ("patch", [0, 1, 1]), ("dim", "128"), ("eps", 2.0), ("more", 1)],
+)
+def test_a_converted_folder_with_an_impossible_config_is_refused(tmp_path, save, key, value):
+    convert(save(tmp_path / "src"), tmp_path / "dst")
+    file = tmp_path / "dst" / "config.json"
+    meta = json.loads(file.read_text())
+    meta["config"][key] = value
+    file.write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="config.json"):
+        load_model(tmp_path / "dst")
+
+
+def test_a_converted_folder_with_a_part_missing_is_refused(tmp_path, save):
+    convert(save(tmp_path / "src"), tmp_path / "dst")
+    part = next(path for path in (tmp_path / "dst" / "params").iterdir() if path.is_dir())
+    shutil.rmtree(part)
+    with pytest.raises(ValueError, match="is damaged, convert it again"):
+        load_model(tmp_path / "dst")

@@ -1,6 +1,7 @@
 """The command itself: what it writes, and what it refuses in one line before any work."""
 
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -55,8 +56,8 @@ REFUSALS = {
     "density 0": ([WAVES, "--density", "0"], "density=0.0 must be in (0, 1]"),
     "density nan": ([WAVES, "--density", "nan"], "density=nan must be in (0, 1]"),
     "density word": ([WAVES, "--density", "low"], "density"),
-    "steps negative": ([WAVES, "--steps", "-4"], "steps=-4 must be at least 1"),
-    "steps 0": ([WAVES, "--steps", "0"], "nearest valid choice is 1"),
+    "steps negative": ([WAVES, "--steps", "-4"], "steps=-4 must be from 1 to 1000"),
+    "steps 0": ([WAVES, "--steps", "0"], "the nearest is 1"),
     "steps word": ([WAVES, "--steps", "many"], "--steps='many' must be of type INT"),
     "no prompt": ([], "must hold at least one prompt"),
     "empty prompt": ([" "], "must hold at least one word"),
@@ -68,6 +69,11 @@ REFUSALS = {
     "group": ([WAVES, "--group", "0"], "group=0 must be at least 1"),
     "prefix": ([WAVES, "--dense-prefix", "2"], "dense_prefix=2.0 must be in [0, 1]"),
     "block": ([WAVES, "--block-q", "-1"], "block_q=-1 must be at least 1"),
+    "block 0": ([WAVES, "--block-kv", "0"], "block_kv=0 must be at least 1"),
+    "block of more than all": ([WAVES, "--block-q", "9999"], "at most the video's tokens=1024"),
+    "steps without end": ([WAVES, "--steps", "100000000"], "the nearest is 1000"),
+    "shift without end": ([WAVES, "--shift", "1e9"], "must be from 0.01 to 100"),
+    "no seed": ([WAVES, "--seed"], "must hold at least one seed"),
     "frames": (
         [WAVES, "--frames", "17"],
         "frames=17 must be a positive multiple of 4; nearest is 16",
@@ -79,7 +85,7 @@ REFUSALS = {
     "size form": ([WAVES, "--size", "128"], "size='128' must be WIDTHxHEIGHT"),
     "huge": ([WAVES, "--size", "80000x128"], "must be at most 1024"),
     "guidance": ([WAVES, "--guidance", "-2"], "guidance=-2.0 must be 0 or more"),
-    "shift": ([WAVES, "--shift", "0"], "shift=0.0 must be a positive number"),
+    "shift": ([WAVES, "--shift", "0"], "shift=0.0 must be from 0.01 to 100"),
     "sampler": ([WAVES, "--sampler", "ddim"], "sampler='ddim' must be one of euler, unipc"),
     "seed": ([WAVES, "--seed", "-1"], "seed=-1 must be from 0"),
     "batch": ([WAVES, "--batch", "0"], "batch=0 must be at least 1"),
@@ -90,7 +96,7 @@ REFUSALS = {
     "suffix": ([WAVES, "--out", "a.avi"], "out='a.avi' must end in .mp4, .gif, .png"),
     "no folder": ([WAVES, "--out", "no/a.mp4"], "existing folder"),
     "two videos, one file": ([WAVES, "--seed", "0", "1", "--out", "a.mp4"], "an existing folder"),
-    "the same video twice": ([WAVES, "--seed", "1", "1"], "seeds and prompts differ"),
+    "the same video twice": ([WAVES, "--seed", "1", "1"], "prompts and seeds must differ"),
     "no curve": ([WAVES, "--curve", "none.json"], "curve='none.json' could not be read"),
     "no states": ([WAVES, "--prompt-states", "none.npy"], "prompt states 'none.npy' could not"),
     "states of no prompt": (
@@ -113,6 +119,10 @@ OTHER_REFUSALS = {
     "check prompts": (["check", "--prompts", "0"], "prompts=0 must be at least 1"),
     "check density": (["check", "--density", "7"], "density=7.0 must be in (0, 1]"),
     "check policy": (["check", "--policies", "dens"], "nearest is 'dense'"),
+    "check no policy": (["check", "--policies"], "must name at least one"),
+    "check unread states": (["check", "--negative-states", "a.npy"], "must be left out"),
+    "check negative word": (["check", "--negative-prompt", "cow"], "cow"),
+    "check frames": (["check", "--frames", "4"], "frames=4 must be at least 8"),
     "convert nothing": (["convert", "none", "new"], "none"),
     "bench what": (["bench"], "what=None must be attention"),
 }
@@ -248,3 +258,24 @@ def test_the_process_exits_with_2_and_no_traceback(here):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "pasa-jax generate: density=-1.0 must be in (0, 1]\n"
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ],
+)
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_model_is_one_line(here, tiny_folder, capsys, file, damage):
+    shutil.copytree(tiny_folder, here / "model")
+    if damage == "missing":
+        (here / "model" / file).unlink()
+    else:
+        os.truncate(here / "model" / file, 11)
+    told = refused(capsys, ["generate", WAVES, "--model", "model"])
+    assert "model" in told and [path.name for path in here.iterdir()] == ["model"]

@@ -125,9 +125,9 @@ def test_velocity_in_bfloat16_leaves_latents_in_float32():
     "sampler, steps, shift, words",
     [
         ("heun", 3, 1.0, "sampler='heun' must be one of euler, unipc"),
-        ("euler", 0, 1.0, "steps=0 must be at least 1"),
-        ("euler", 3, 0.0, "shift=0.0 must be a positive number"),
-        ("unipc", 3, float("nan"), "shift=nan must be a positive number"),
+        ("euler", 0, 1.0, "steps=0 must be from 1 to 1000"),
+        ("euler", 3, 0.0, "shift=0.0 must be from 0.01 to 100"),
+        ("unipc", 3, float("nan"), "shift=nan must be from 0.01 to 100"),
     ],
 )
 def test_bad_schedules_are_refused(sampler, steps, shift, words):
