@@ -218,6 +218,21 @@ def test_check_sees_frames_that_do_not_agree():
     assert table.right("drifting", "direction") <= table.right("drifting", "frames agree")
 
 
+def test_check_looks_at_all_pairs_of_frames():
+    scene = scenes.parse(PROMPT_DRIFT)
+    video = scenes.render(scene, 8, 64, 64, seed=0)
+    video[0] = video[2]  # the first two frames go back, the other six pairs go on
+    assert check.read(video).towards == "left"
+
+
+def test_check_names_no_shape_for_a_ring():
+    y, x = np.mgrid[:64, :64] - 32.0
+    ring = (np.abs(np.hypot(y, x) - 16) < 4)[None, ..., None]
+    video = np.where(ring, scenes.COLOURS["red"], scenes.COLOURS["white"]) * np.ones((8, 1, 1, 1))
+    reading = check.read(video)
+    assert (reading.colours, reading.motif) == (("red", "white"), None)
+
+
 def test_check_refuses_no_prompts():
     with pytest.raises(ValueError, match="at least one prompt"):
         check.check(renderer(), [])
