@@ -127,7 +127,7 @@ def taylor_plan(
         statistics.length,
         budget=context.budget,
         max_budget=context.max_budget,
-        bias=_covariance_bias(policy, k, v, group),
+        bias=_covariance_bias(policy, k, v, statistics),
         forced=routing.forced_blocks(statistics.length, policy.sink),
         noise=noise,
         keys=routing.call_keys(context.keys, context.step, context.layer),
@@ -135,11 +135,13 @@ def taylor_plan(
     return Plan(selected, statistics, policy.order)
 
 
-def _covariance_bias(policy: Any, k: jax.Array, v: jax.Array, group: int):
+def _covariance_bias(policy: Any, k: jax.Array, v: jax.Array, statistics: blocks.BlockStatistics):
     """log(‖H_j − mean H‖ + ε) [B, N, J], the mean over all blocks or over the block's group."""
     if policy.route_bias == "none":
         return None
-    if policy.route_bias == "global":
-        group = blocks.num_blocks(k.shape[1], policy.block_kv)
-    norm = api.block_covariance_norm(k, v, block_kv=policy.block_kv, group=group)
+    every = blocks.num_blocks(k.shape[1], policy.block_kv)
+    group = every if policy.route_bias == "global" else statistics.group
+    norm = api.block_covariance_norm(
+        k, v, block_kv=policy.block_kv, group=group, statistics=statistics
+    )
     return jnp.log(norm.astype(jnp.float32) + policy.epsilon)

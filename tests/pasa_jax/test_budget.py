@@ -317,5 +317,5 @@ def test_start_online_refuses_more_dense_steps_than_steps():
 def test_bounds_mean_what_they_say():
     # 0.07 · 100 and 0.29 · 100 are not whole in floating point.
     curve = jnp.asarray([1.0, 1e-6, 1.0, 1.0])
-    assert step_budgets(curve, 0.5, 100, 0, min_density=0.07).min() == 7
-    assert step_budgets(curve, 0.25, 100, 0, max_density=0.29).max() == 29
+    assert budget.step_budgets(curve, 0.5, 100, 0, min_density=0.07).min() == 7
+    assert budget.step_budgets(curve, 0.25, 100, 0, max_density=0.29).max() == 29
