@@ -176,7 +176,7 @@ def test_states_stand_for_prompts(pipeline):
         ([WAVES, " "], {}, "prompt=' ' must hold at least one word"),
         ([WAVES], {"seeds": [1, 2]}, "one for each of the 1 prompts"),
         ([WAVES], {"seeds": [-1]}, "seed=-1 must be from 0 to 4294967295"),
-        ([WAVES], {"steps": 0}, "steps=0 must be at least 1"),
+        ([WAVES], {"steps": 0}, "steps=0 must be from 1 to 1000"),
         ([WAVES], {"frames": 9}, "frames=9 must be a positive multiple of 4; nearest is 8"),
         ([WAVES], {"states": np.zeros((2, 3, 6), np.float32)}, "one for each of the 1 prompts"),
         (["blue waves"], {}, "waves"),
