@@ -250,7 +250,7 @@ class Job:
 
 def _job(options: Any, policy_class: type) -> Job:
     """Checks everything that can be checked before the model is loaded."""
-    from pasa_jax.settings import check_seeds, read_card
+    from pasa_jax.settings import check_policy, check_seeds, read_card
 
     policy_options = getattr(options, policy_class.__name__.lower())
     block_q, block_kv = options.block_q, options.block_kv
@@ -272,7 +272,8 @@ def _job(options: Any, policy_class: type) -> Job:
     prompts, seeds = [options.prompts[i] for i, _ in pairs], [seed for _, seed in pairs]
     targets = _targets(options.out, prompts, seeds, ".mp4" if card.complete else ".npz")
     states = None if states is None else states[[i for i, _ in pairs]]
-    curve = None if options.curve is None else _curve(options.curve, card, settings)
+    curve = None if options.curve is None else _curve(options.curve)
+    check_policy(policy, card, settings, curve)
     return Job(card, settings, policy, prompts, seeds, targets, states, negative, curve)
 
 
@@ -363,15 +364,13 @@ def _slug(prompt: str) -> str:
     return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "video"
 
 
-def _curve(path: Path, card: Any, settings: Any) -> Any:
+def _curve(path: Path) -> Any:
     from pasa_jax.calibration import VelocityCurve
 
     try:
-        curve = VelocityCurve.load(path)
+        return VelocityCurve.load(path)
     except OSError as error:
         raise ValueError(f"curve={str(path)!r} could not be read: {error.strerror}") from error
-    curve.check(card.curve_key(settings))
-    return curve
 
 
 def _write(result: Any, targets: list[Path], fps: float) -> None:
@@ -576,9 +575,9 @@ def _check_job(options: Check) -> tuple[Any, Any, list[Any]]:
 def bench(argv: list[str]) -> None:
     """pasa-jax bench attention: sparse against dense on this machine."""
     with _refusing("pasa-jax bench"):
-        what = argv[0] if argv else None
+        what = argv[0] if argv else ""
         if what != "attention":
-            raise ValueError(f"{what=} must be attention")
+            raise ValueError(f"{what!r} must be attention, as in: pasa-jax bench attention")
     from pasa_jax.bench import bench_attention
 
     @functools.wraps(bench_attention)

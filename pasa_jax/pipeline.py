@@ -19,7 +19,14 @@ from pasa_jax.attention import Attention
 from pasa_jax.budget import OnlineBudget
 from pasa_jax.calibration import VelocityCurve, velocity_distance
 from pasa_jax.policies import Dense, Pasa, Policy
-from pasa_jax.settings import Card, Settings, check_prompts, check_seeds, read_card
+from pasa_jax.settings import (
+    Card,
+    Settings,
+    check_policy,
+    check_prompts,
+    check_seeds,
+    read_card,
+)
 
 
 @runtime_checkable
@@ -142,8 +149,7 @@ class Pipeline:
             raise ValueError(f"{seeds=} must be one for each of the {len(prompts)} prompts")
         chosen = self.card.settings(**settings)
         policy = default_policy(self.card, chosen) if policy is None else policy
-        if curve is not None:
-            curve.check(self.card.curve_key(chosen))
+        check_policy(policy, self.card, chosen, curve)
         text = self.encode(prompts, negative_prompt, chosen.guidance, states, negative_states)
         mean = None if curve is None else curve.mean
         latents, record = self.sample(text, seeds, policy, chosen, mean, progress)

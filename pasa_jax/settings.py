@@ -15,6 +15,7 @@ from jaxtyping import Float
 from pasa_jax.calibration import CurveKey
 from pasa_jax.grid import TokenGrid
 from pasa_jax.models.wan import ROPE_POSITIONS, WanConfig
+from pasa_jax.policies import Policy
 from pasa_jax.sampling import check_schedule
 
 
@@ -122,6 +123,27 @@ class Card:
         return 64 if tokens >= 4096 else min(16, tokens)
 
 
+def check_policy(policy: Policy, card: Card, settings: Settings, curve: Any) -> None:
+    """Raises ValueError for layers the model lacks, or a curve not of these settings or not read.
+
+    Args:
+        policy: attention method.
+        card: of the model.
+        settings: of the run.
+        curve: `VelocityCurve`, or None.
+    """
+    depth = card.config.num_layers
+    if any(layer >= depth for layer in policy.dense_layers):
+        raise ValueError(
+            f"dense_layers={policy.dense_layers} must be below {depth}, the layers of {card.name}"
+        )
+    if curve is None:
+        return
+    if not policy.reads_curve:
+        raise ValueError(f"curve must be left out: {policy} does not read one")
+    curve.check(card.curve_key(settings))
+
+
 def check_prompts(prompts: list[str]) -> None:
     """Raises ValueError for no prompts at all or an empty one."""
     if not prompts:
@@ -152,7 +174,7 @@ def read_card(model: str | Path) -> Card:
     from pasa_jax.models import tiny
 
     folder = tiny.WEIGHTS if str(model) == "tiny" else Path(model)
-    if not folder.exists():
+    if not str(model) or not folder.exists():
         raise ValueError(f"model={str(model)!r} must be 'tiny' or an existing folder")
     codec = folder / "vae" / "config.json"
     if codec.is_file() and "TinyCodec" in codec.read_text():

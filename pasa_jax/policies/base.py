@@ -60,6 +60,11 @@ class Policy(Protocol):
     block_kv: int
     dense_layers: tuple[int, ...]
 
+    @property
+    def reads_curve(self) -> bool:
+        """Whether a recorded velocity curve changes the budgets."""
+        ...
+
     def modes(self, num_steps: int) -> tuple[str, ...]:
         """Per denoising step "dense" or "sparse"; the sampler compiles one function per name."""
         ...

@@ -23,6 +23,11 @@ class Dense:
     def __post_init__(self):
         check_blocks(self)
 
+    @property
+    def reads_curve(self) -> bool:
+        """False: the budget is constant."""
+        return False
+
     def modes(self, num_steps: int) -> tuple[str, ...]:
         """ "dense" for all steps."""
         return prefix_modes(1.0, num_steps)

@@ -94,6 +94,11 @@ class Pasa:
                 f"min_density={self.min_density!r} must be from 0 to max_density={self._ceiling()}"
             )
 
+    @property
+    def reads_curve(self) -> bool:
+        """Not with the budget "online"."""
+        return self.budget == "curve"
+
     def modes(self, num_steps: int) -> tuple[str, ...]:
         """ "dense" for the first `dense_prefix` of the steps, then "sparse"."""
         return prefix_modes(self.dense_prefix, num_steps)

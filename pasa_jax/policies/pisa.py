@@ -62,6 +62,11 @@ class Pisa:
         check_prefix(self.dense_prefix)
         check_route(self, ("none", "global"))
 
+    @property
+    def reads_curve(self) -> bool:
+        """False: the budget is constant."""
+        return False
+
     def modes(self, num_steps: int) -> tuple[str, ...]:
         """ "dense" for the first `dense_prefix` of the steps, then "sparse"."""
         return prefix_modes(self.dense_prefix, num_steps)

@@ -89,6 +89,8 @@ REFUSALS = {
     "sampler": ([WAVES, "--sampler", "ddim"], "sampler='ddim' must be one of euler, unipc"),
     "seed": ([WAVES, "--seed", "-1"], "seed=-1 must be from 0"),
     "batch": ([WAVES, "--batch", "0"], "batch=0 must be at least 1"),
+    "dense layers": ([WAVES, "--dense-layers", "0", "2"], "dense_layers=(0, 2) must be below 2"),
+    "empty model": ([WAVES, "--model", ""], "model='' must be 'tiny' or"),
     "no such model": ([WAVES, "--model", "none"], "model='none' must be 'tiny' or"),
     "no checkpoint": ([WAVES, "--model", "."], "must be a checkpoint of Wan"),
     "unknown word": (["blue and white wafes moving left"], "waves"),
@@ -124,7 +126,7 @@ OTHER_REFUSALS = {
     "check negative word": (["check", "--negative-prompt", "cow"], "cow"),
     "check frames": (["check", "--frames", "4"], "frames=4 must be at least 8"),
     "convert nothing": (["convert", "none", "new"], "none"),
-    "bench what": (["bench"], "what=None must be attention"),
+    "bench what": (["bench"], "'' must be attention"),
 }
 
 
@@ -143,6 +145,18 @@ def test_a_curve_of_other_settings_is_refused_naming_both(here, tiny, no_work, c
     VelocityCurve(key, 1, (1.0,) * 4, (0.0,) * 4, (1.0,) * 4).save("curve.json")
     told = refused(capsys, ["generate", WAVES, "--curve", "curve.json", "--steps", "5"])
     assert "steps=4" in told and "steps=5" in told
+
+
+@pytest.mark.parametrize("argv", [["--policy", "pisa"], ["--budget", "online"]])
+def test_a_curve_that_nobody_reads_is_refused(here, tiny, no_work, capsys, argv):
+    from pasa_jax.calibration import VelocityCurve
+    from pasa_jax.settings import read_card
+
+    card = read_card("tiny")
+    key = card.curve_key(card.settings(steps=4))
+    VelocityCurve(key, 1, (1.0,) * 4, (0.0,) * 4, (1.0,) * 4).save("curve.json")
+    told = refused(capsys, ["generate", WAVES, "--curve", "curve.json", "--steps", "4", *argv])
+    assert "curve must be left out" in told
 
 
 def test_a_model_without_encoder_says_what_it_needs(here, tiny_folder, no_work, capsys):
