@@ -1,14 +1,22 @@
 """The public operations: checks, and the choice of the implementation that runs."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pasa_jax.pallas_kernels import xla
-from pasa_jax.pallas_kernels.blocks import BlockIndex, BlockStatistics, group_count, num_blocks
+from pasa_jax.pallas_kernels.blocks import (
+    BlockIndex,
+    BlockStatistics,
+    accumulation_dtype,
+    group_count,
+    num_blocks,
+)
+from pasa_jax.pallas_kernels.gradient import block_sparse_gradient
 
 FLOAT_TYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -109,6 +117,56 @@ def _dispatch(operation: str, implementation: str | None, *args: Any, **kwargs: 
     raise NotImplementedError(f"no implementation of {operation} runs here; " + "; ".join(reasons))
 
 
+class _Call(NamedTuple):
+    """What is static in a call of `block_sparse_attention`; options as (name, value)."""
+
+    implementation: str | None
+    return_lse: bool
+    group: int
+    options: tuple[tuple[str, Any], ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sparse(call: _Call, q, k, v, blocks, moments, length, kv_length):
+    """`block_sparse_attention`, differentiable; `moments` and `length` are the tail's arrays."""
+    tail = None if moments is None else _tail(call, moments, length)
+    return _dispatch(
+        "block_sparse_attention",
+        call.implementation,
+        q,
+        k,
+        v,
+        blocks,
+        tail=tail,
+        kv_length=kv_length,
+        return_lse=call.return_lse,
+        **dict(call.options),
+    )
+
+
+def _tail(call: _Call, moments: tuple, length: jax.Array) -> BlockStatistics:
+    mean, value, covariance = moments
+    return BlockStatistics(mean, value, length, covariance, call.group)
+
+
+def _sparse_forward(call: _Call, *operands):
+    return _sparse(call, *operands), operands
+
+
+def _sparse_backward(call: _Call, operands, cotangent):
+    q, k, v, blocks, moments, length, kv_length = operands
+    if not call.return_lse:
+        cotangent = cotangent, jnp.zeros(q.shape[:3], accumulation_dtype(q.dtype))
+    tail = None if moments is None else _tail(call, moments, length)
+    dq, dk, dv, dmoments = block_sparse_gradient(
+        q, k, v, blocks, tail, kv_length, cotangent, **dict(call.options)
+    )
+    return dq, dk, dv, None, dmoments, None, None  # None: lists and lengths are integers
+
+
+_sparse.defvjp(_sparse_forward, _sparse_backward)
+
+
 def block_sparse_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
@@ -147,8 +205,8 @@ def block_sparse_attention(
         accumulation type. Rows that see no key at all (count 0 without a tail, kv_length 0) get
         output 0 and log-sum-exp -inf. NaN in a key block that is not listed stays out of the
         output when tail is None; with a tail it is part of the statistics. NaN in a query row
-        reaches that row alone. Only dense attention has a gradient: the number of listed blocks
-        visited is data.
+        reaches that row alone. Differentiable in reverse, in q, k, v and `tail`, with the lists
+        fixed: see `gradient`.
 
     Raises:
         ValueError: shapes, dtypes, block sizes or `order` do not fit together.
@@ -162,21 +220,13 @@ def block_sparse_attention(
     b, t, n, h = q.shape
     check_blocks(blocks, (b, n, num_blocks(t, block_q)))
     check_tail(tail, order, (b, n, num_blocks(k.shape[1], block_kv), h))
-    return _dispatch(
-        "block_sparse_attention",
-        implementation,
-        q,
-        k,
-        v,
-        blocks,
-        block_q=block_q,
-        block_kv=block_kv,
-        tail=tail,
-        order=order,
-        kv_length=kv_length,
-        scale=scale,
-        return_lse=return_lse,
-    )
+    options = {"block_q": block_q, "block_kv": block_kv, "order": order, "scale": scale}
+    moments, length, group = None, None, 0
+    if tail is not None:
+        moments, length = (tail.key_mean, tail.value_sum, tail.covariance), tail.length
+        group = tail.group
+    call = _Call(implementation, return_lse, group, tuple(options.items()))
+    return _sparse(call, q, k, v, blocks, moments, length, kv_length)
 
 
 def block_statistics(
