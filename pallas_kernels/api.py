@@ -1,6 +1,9 @@
 """The public operations: checks, and the choice of the implementation that runs."""
 
 import functools
+import importlib
+import logging
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,7 +78,7 @@ def check_tail(tail: BlockStatistics | None, order: int, shape: tuple[int, int, 
         raise ValueError(f"{tail.covariance.shape=} must be [B, N, G, H, H] = {want}")
 
 
-def _cudnn_dense_attention(q, k, v, *, kv_length, scale, return_lse):
+def _cudnn_dense_attention(q, k, v, *, kv_length=None, scale=None, return_lse=False):
     """cuDNN's fused attention; everything it does not take goes to the next implementation."""
     if jax.default_backend() != "gpu":
         raise NotImplementedError(f"needs an NVIDIA GPU, the backend is {jax.default_backend()}")
@@ -89,14 +92,57 @@ def _cudnn_dense_attention(q, k, v, *, kv_length, scale, return_lse):
         raise NotImplementedError(str(error)) from error
 
 
+def _kernel(module: str, operation: str) -> Callable[..., Any]:
+    """The operation of a kernel's module, which is imported when first called."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kernels = importlib.import_module(f"pasa_jax.pallas_kernels.{module}")
+        return getattr(kernels, operation)(*args, **kwargs)
+
+    return run
+
+
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
-    "block_sparse_attention": {"xla": xla.block_sparse_attention},
+    "block_sparse_attention": {
+        "mosaic_gpu": _kernel("mosaic_gpu", "block_sparse_attention"),
+        "triton": _kernel("triton", "block_sparse_attention"),
+        "mosaic_tpu": _kernel("mosaic_tpu", "block_sparse_attention"),
+        "xla": xla.block_sparse_attention,
+    },
     "block_statistics": {"xla": xla.block_statistics},
     "block_covariance_norm": {"xla": xla.block_covariance_norm},
     "dense_attention": {"cudnn": _cudnn_dense_attention, "xla": xla.dense_attention},
 }
 # By platform, best first; an operation's table may lack some of them.
-PREFERENCE = {"gpu": ("cudnn", "xla")}
+PREFERENCE = {"gpu": ("cudnn", "mosaic_gpu", "triton", "xla"), "tpu": ("mosaic_tpu", "xla")}
+# Compute capabilities from and to which a kernel is built.
+CAPABILITIES = {"mosaic_gpu": ((9, 0), (9, 0)), "triton": ((8, 0), (99, 0))}
+
+
+def _check_capability(name: str) -> None:
+    """Raises NotImplementedError where the GPU is not of the kernel's generation."""
+    if name not in CAPABILITIES:
+        return
+    told = str(getattr(jax.devices()[0], "compute_capability", "none"))
+    least, most = CAPABILITIES[name]
+    match = re.fullmatch(r"(\d+)\.(\d+)", told)
+    if not match or not least <= (int(match[1]), int(match[2])) <= most:
+        want = "9.0 (Hopper)" if least == most else f"{least[0]}.{least[1]} or more"
+        raise NotImplementedError(f"needs compute capability {want}, this device has {told}")
+
+
+def _preferred(operation: str) -> list[str]:
+    """The operation's implementations for this platform, best first."""
+    names = PREFERENCE.get(jax.default_backend(), ("xla",))
+    return [name for name in names if name in IMPLEMENTATIONS[operation]]
+
+
+@functools.cache
+def _log_choice(operation: str, name: str, reasons: tuple[str, ...]) -> None:
+    """One line a process for each choice; a warning where better ones refused."""
+    level = logging.WARNING if reasons else logging.INFO
+    refused = f" ({'; '.join(reasons)})" if reasons else ""
+    logging.getLogger("pasa_jax").log(level, "%s runs on %s%s", operation, name, refused)
 
 
 def _dispatch(operation: str, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -104,17 +150,47 @@ def _dispatch(operation: str, implementation: str | None, *args: Any, **kwargs: 
     table = IMPLEMENTATIONS[operation]
     if implementation is not None and implementation not in table:
         raise ValueError(f"{implementation=} must be one of {', '.join(table)}, or None")
-    names = PREFERENCE.get(jax.default_backend(), ("xla",))
-    names = (
-        [name for name in names if name in table] if implementation is None else [implementation]
-    )
-    reasons = []
-    for name in names:
+    if implementation is not None:
+        # On any platform: a program may be lowered for one that is not here.
         try:
-            return table[name](*args, **kwargs)
+            return table[implementation](*args, **kwargs)
+        except NotImplementedError as reason:
+            raise NotImplementedError(f"{implementation}: {reason}") from reason
+    reasons = []
+    for name in _preferred(operation):
+        try:
+            _check_capability(name)
+            result = table[name](*args, **kwargs)
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
+            continue
+        _log_choice(operation, name, tuple(reasons))
+        return result
     raise NotImplementedError(f"no implementation of {operation} runs here; " + "; ".join(reasons))
+
+
+def availability(operation: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    """What would run an operation here, computing nothing.
+
+    Args:
+        operation: its name.
+        args, kwargs: as the operation takes them, `implementation` left out. Under
+            `jax.eval_shape` they need not exist either.
+
+    Returns:
+        This platform's implementations, best first: None for one that takes the call, the reason
+        for one that refuses. The first None is the one that runs.
+    """
+    told = {}
+    for name in _preferred(operation):
+        run = functools.partial(IMPLEMENTATIONS[operation][name], *args, **kwargs)
+        try:
+            _check_capability(name)
+            jax.eval_shape(lambda run=run: jax.tree.leaves(run()))
+            told[name] = None
+        except NotImplementedError as reason:
+            told[name] = str(reason)
+    return told
 
 
 class _Call(NamedTuple):
@@ -197,7 +273,8 @@ def block_sparse_attention(
         kv_length: valid keys of each batch row, from the start; None means all S.
         scale: factor on q·k; None means H^-1/2.
         return_lse: also return the log-sum-exp.
-        implementation: "xla"; None picks the best that runs here.
+        implementation: "mosaic_gpu", "triton", "mosaic_tpu" or "xla", whatever the platform; None
+            picks the best that runs here.
 
     Returns:
         Attention output in q.dtype, accumulated in float32 (float64 for float64 input). With

@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "turn a PyTorch checkpoint of Wan into one of Flax",
     "check": "count what tiny's videos get right, under dense attention, PISA and PASA",
     "bench": "bench attention: time sparse against dense attention on this machine",
+    "info": "say which kernels run on this machine, and why others do not",
 }
 
 
@@ -57,7 +58,7 @@ def _usage() -> str:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    functions = (generate, calibrate, convert, check, bench)
+    functions = (generate, calibrate, convert, check, bench, info)
     table = dict(zip(COMMANDS, functions, strict=True))
     if name not in table:
         raise ValueError(f"command={name!r} must be one of {_choices(name, list(table))}")
@@ -580,13 +581,25 @@ def bench(argv: list[str]) -> None:
             raise ValueError(f"{what!r} must be attention, as in: pasa-jax bench attention")
     from pasa_jax.bench import bench_attention
 
-    @functools.wraps(bench_attention)
-    def order(*args, **options):
-        return functools.partial(bench_attention, *args, **options)
+    _call(bench_attention, "bench attention", argv[1:], "Times sparse against dense attention.")
 
-    about = "Times sparse against dense attention on this machine."
-    run = _parse(order, "bench attention", argv[1:], about)
-    with _refusing("pasa-jax bench attention"):
+
+def info(argv: list[str]) -> None:
+    """pasa-jax info: which kernels run here."""
+    from pasa_jax.info import info as told
+
+    _call(told, "info", argv, "Says which implementation of each operation runs here, and why.")
+
+
+def _call(function: Callable[..., Any], name: str, argv: list[str], about: str) -> None:
+    """Runs a function whose parameters are the command's options."""
+
+    @functools.wraps(function)
+    def order(*args, **options):
+        return functools.partial(function, *args, **options)
+
+    run = _parse(order, name, argv, about)
+    with _refusing(f"pasa-jax {name}"):
         run()
 
 

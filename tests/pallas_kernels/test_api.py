@@ -1,5 +1,7 @@
 """The checks of the public operations, and how an implementation is chosen."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -101,6 +103,7 @@ def test_all_reasons_are_reported(monkeypatch):
     table = {"triton": refusal("no Ampere"), "xla": refusal("no luck")}
     monkeypatch.setitem(api.IMPLEMENTATIONS, "dense_attention", table)
     monkeypatch.setitem(api.PREFERENCE, "cpu", ("mosaic_gpu", "triton", "xla"))
+    monkeypatch.setattr(api, "CAPABILITIES", {})
     with pytest.raises(NotImplementedError, match="triton: no Ampere; xla: no luck"):
         api.dense_attention(X, X, X)
 
@@ -109,7 +112,44 @@ def test_the_next_implementation_runs(monkeypatch):
     table = {"triton": refusal("no Ampere"), "xla": lambda q, k, v, **kw: q + 1}
     monkeypatch.setitem(api.IMPLEMENTATIONS, "dense_attention", table)
     monkeypatch.setitem(api.PREFERENCE, "cpu", ("triton", "xla"))
+    monkeypatch.setattr(api, "CAPABILITIES", {})
     assert (api.dense_attention(X, X, X) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [("9.0", "mosaic_gpu"), ("8.0", "triton"), ("10.0", "triton"), ("7.5", "xla"), (None, "xla")],
+)
+def test_the_gpu_s_generation_decides(monkeypatch, caplog, capability, runs):
+    def kernel(name):
+        return lambda *args, **kw: name
+
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    table = {name: kernel(name) for name in api.IMPLEMENTATIONS["block_sparse_attention"]}
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "block_sparse_attention", table)
+    api._log_choice.cache_clear()
+    with caplog.at_level("INFO", "pasa_jax"):
+        assert api._dispatch("block_sparse_attention", None, X) == runs
+        assert api._dispatch("block_sparse_attention", None, X) == runs
+    (line,) = caplog.messages  # one a process
+    assert line.startswith(f"block_sparse_attention runs on {runs}")
+    assert ("mosaic_gpu: needs compute capability 9.0" in line) == (runs != "mosaic_gpu")
+    assert ("triton: needs compute capability 8.0" in line) == (runs == "xla")
+
+
+def test_availability_computes_nothing_and_tells_reasons(monkeypatch):
+    def told():
+        x = jnp.zeros((1, 1_000_000, 1000, 128))  # 512 GB if it existed
+        result.append(api.availability("dense_attention", x, x, x))
+
+    result = []
+    jax.eval_shape(lambda: told())
+    monkeypatch.setitem(api.PREFERENCE, "cpu", ("cudnn", "xla"))
+    jax.eval_shape(lambda: told())
+    refused = {"cudnn": "needs an NVIDIA GPU, the backend is cpu", "xla": None}
+    assert result == [{"xla": None}, refused]
 
 
 def test_cudnn_refuses_what_it_cannot_do(monkeypatch):

@@ -126,6 +126,7 @@ OTHER_REFUSALS = {
     "check negative word": (["check", "--negative-prompt", "cow"], "cow"),
     "check frames": (["check", "--frames", "4"], "frames=4 must be at least 8"),
     "convert nothing": (["convert", "none", "new"], "none"),
+    "info tokens": (["info", "--tokens", "0"], "tokens=0 must be at least 1"),
     "bench what": (["bench"], "'' must be attention"),
 }
 
@@ -237,6 +238,24 @@ def test_convert_then_generate_latents_from_states(here, tiny_folder, capsys):
         assert file["latents"].shape == (2, 4, 4, 16) and np.isfinite(file["latents"]).all()
         assert (str(file["prompt"]), int(file["seed"]), int(file["steps"])) == ("a cat", 0, 2)
     assert "its video decoder is not part of this package" in capsys.readouterr().out
+
+
+def test_info_names_what_runs(capsys):
+    assert main(["info", "--head-dim", "96"]) == 0
+    told = capsys.readouterr().out
+    assert "(cpu)" in told and "head_dim=96" in told
+    assert told.count("  xla         runs") == 4
+
+
+def test_info_shows_reasons(monkeypatch, capsys):
+    from pasa_jax.pallas_kernels import api
+
+    monkeypatch.setitem(api.PREFERENCE, "cpu", ("cudnn", "triton", "xla"))
+    monkeypatch.setattr(api, "CAPABILITIES", {})
+    assert main(["info", "--block-kv", "7"]) == 0
+    told = capsys.readouterr().out
+    assert "  cudnn       refused: needs an NVIDIA GPU, the backend is cpu" in told
+    assert "  triton      refused: block_kv=7 must be a multiple of 16" in told
 
 
 def test_bench_passes_its_options_on(monkeypatch, capsys):
