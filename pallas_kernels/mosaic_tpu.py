@@ -1,0 +1,458 @@
+"""TPU kernel: one head's keys and values stay in VMEM, listed blocks are read by dynamic slices."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pasa_jax.pallas_kernels.blocks import (
+    BlockIndex,
+    BlockStatistics,
+    num_blocks,
+)
+
+LANES = 128
+HEAD_SIZES = (64, 96, 128, 256)
+QUERY_BLOCKS = (64, 128, 256)
+KEY_BLOCKS = (64, 128)
+# Keys a chunk: two chunks a loop body hide one's softmax behind the other's products.
+CHUNK_KEYS = 2048
+# Block means a step of the tail, in tiles of 128; the steps are unrolled.
+TAIL_TILES = 4
+# Words before a row's ids: its count, and the end of the valid keys.
+HEADER = 2
+# exp2 of a masked score is exactly 0 even where no key was seen: the maximum starts above it.
+MASKED = -2e30
+LOWEST = -1e30
+LOG2E = math.log2(math.e)
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """What one compilation of the kernel fixes."""
+
+    block_q: int
+    block_kv: int
+    slots: int  # listed blocks a chunk
+    factor: float  # on q·k, for exp2
+    group: int  # key blocks of one first-order matrix, cut at a tile's 128
+
+
+class _State(NamedTuple):
+    """A running softmax in base 2: rows [block_q, ...], or columns where the tail is transposed."""
+
+    top: Any
+    mass: Any
+    out: Any
+
+
+class _Tail(NamedTuple):
+    """One head's block statistics, J filled up to whole tiles; no matrix for the zeroth order."""
+
+    mean: Any  # [J, H]
+    value: Any  # [H, J]
+    length: Any  # [J, LANES]
+    matrix: Any = None  # [G, H, H], transposed, over T_g
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """a · b in float32; float32 operands are not rounded on the way."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _fit(x: Array, width: int) -> Array:
+    """x [P, LANES], equal along its lanes, widened or cut to [P, width]."""
+    if width > LANES:
+        x = jnp.concatenate([x] * -(-width // LANES), axis=1)
+    return x[:, :width]
+
+
+def _lanes(x: Array) -> Array:
+    """x [P, 1] along the lanes [P, LANES]."""
+    return jnp.broadcast_to(x, (x.shape[0], LANES))
+
+
+def _penalty(limits: list[Array], block_kv: int) -> Array:
+    """0 for the first `limits` tokens of each block of a chunk, MASKED for the rest: [1, W]."""
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    tiles = []
+    for at in range(0, len(limits), LANES // block_kv):
+        keep = lane < limits[at]
+        if block_kv < LANES:
+            keep = lane < jnp.where(lane < block_kv, limits[at], limits[at + 1] + block_kv)
+        tiles.append(jnp.where(keep, 0.0, MASKED))
+    return jnp.concatenate(tiles, axis=1)
+
+
+def _chunk(
+    q: Array, k_ref: Any, v_ref: Any, row_ref: Any, words_ref: Any, first: Array, config: _Config
+) -> _State:
+    """Softmax over the slots from `first` on; with a tail their blocks are marked as listed."""
+    size = config.block_kv
+    count, end = row_ref[0, 0], row_ref[0, 1]
+    starts, limits = [], []
+    for slot in range(config.slots):
+        block = row_ref[0, HEADER + first + slot]
+        start = block * size
+        starts.append(pl.ds(pl.multiple_of(start, size), size))
+        limits.append(jnp.where(first + slot < count, jnp.minimum(end - start, size), 0))
+        if words_ref:
+            word = lax.shift_right_logical(block, 5)
+            words_ref[0][word] = words_ref[0][word] | lax.shift_left(jnp.int32(1), block & 31)
+    keys, values = (
+        jnp.concatenate([ref[start, :] for start in starts], axis=0) for ref in (k_ref, v_ref)
+    )
+    scores = _dot(q, keys, (1, 1)) + _penalty(limits, size)
+    top = _lanes(jnp.maximum(jnp.max(scores, axis=1, keepdims=True), LOWEST))
+    weights = jnp.exp2(scores - _fit(top, scores.shape[1]))
+    mass = sum(weights[:, at : at + LANES] for at in range(0, weights.shape[1], LANES))
+    return _State(top, mass, _dot(weights.astype(values.dtype), values, (1, 0)))
+
+
+def _merge(*parts: _State) -> _State:
+    """One softmax of several over other keys; rows [P, LANES], out [P, H]."""
+    top = functools.reduce(jnp.maximum, [part.top for part in parts])
+    fades = [jnp.exp2(part.top - top) for part in parts]
+    mass = sum(part.mass * fade for part, fade in zip(parts, fades, strict=True))
+    out = sum(
+        part.out * _fit(fade, part.out.shape[1]) for part, fade in zip(parts, fades, strict=True)
+    )
+    return _State(top, mass, out)
+
+
+def _bodies(count: Array, slots: int) -> Array:
+    """Loop bodies of `slots` slots that hold `count`."""
+    return lax.div(count + (slots - 1), jnp.int32(slots))
+
+
+def _listed(words_ref: Any, tile: int) -> Array:
+    """MASKED for the blocks of a tile that are listed, 0 for the others: [128, LANES]."""
+    row = lax.broadcasted_iota(jnp.int32, (32, LANES), 0)
+    pieces = []
+    for word in range(4 * tile, 4 * tile + 4):
+        word = jnp.broadcast_to(words_ref[word], row.shape)
+        pieces.append(jnp.where((lax.shift_right_logical(word, row) & 1) == 1, MASKED, 0.0))
+    return jnp.concatenate(pieces, axis=0)
+
+
+def _add_tail(
+    state: _State, q: Array, tail: _Tail, words_ref: Any, tiles: range, config: _Config
+) -> _State:
+    """Adds the blocks of some tiles that are not listed; everything is transposed, [., block_q].
+
+    Sums over a group of blocks then run along sublanes, where they are nearly free.
+    """
+    at = slice(tiles.start * LANES, tiles.stop * LANES)
+    length = tail.length[at, :].astype(jnp.float32)
+    penalty = jnp.concatenate([_listed(words_ref, tile) for tile in tiles], axis=0)
+    penalty = jnp.where(length > 0, penalty, MASKED)
+    scores = _dot(tail.mean[at, :], q, (1, 1)) + _fit(penalty, q.shape[0])
+    top = jnp.maximum(state.top, jnp.max(scores, axis=0, keepdims=True))
+    fade = jnp.exp2(state.top - top)
+    weights = jnp.exp2(scores - top)
+    out = state.out * fade + _dot(tail.value[:, at], weights.astype(q.dtype), (1, 0))
+    mass = state.mass * fade
+    weights = weights * _fit(length, q.shape[0])
+    step = min(config.group, LANES)
+    for start in range(0, weights.shape[0], step):
+        total = jnp.sum(weights[start : start + step], axis=0, keepdims=True)
+        mass = mass + total
+        if tail.matrix is not None:
+            group = min((at.start + start) // config.group, tail.matrix.shape[0] - 1)
+            out = out + total * _dot(tail.matrix[group], q, (1, 1))
+    return _State(top, mass, out)
+
+
+def _attend_tail(q: Array, tail: _Tail, words_ref: Any, config: _Config) -> _State:
+    """Softmax over all blocks that are not listed, as rows."""
+    rows, h = q.shape
+    state = _State(
+        jnp.full((1, rows), LOWEST, jnp.float32),
+        jnp.zeros((1, rows), jnp.float32),
+        jnp.zeros((h, rows), jnp.float32),
+    )
+    tiles = tail.mean.shape[0] // LANES
+    for start in range(0, tiles, TAIL_TILES):
+        step = range(start, min(start + TAIL_TILES, tiles))
+        state = _add_tail(state, q, tail, words_ref, step, config)
+    top, mass = (jnp.broadcast_to(x, (LANES, rows)).T for x in state[:2])
+    return _State(top, mass, state.out.T)
+
+
+def _kernel(
+    row_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, tail: Any, *refs: Any, config: _Config
+) -> None:
+    """One query block: its listed key blocks, then the tail."""
+    *out_refs, state, words_ref = refs
+    q = (q_ref[...].astype(jnp.float32) * config.factor).astype(q_ref.dtype)
+    state.top[...] = jnp.full(state.top.shape, LOWEST, jnp.float32)
+    state.mass[...] = jnp.zeros(state.mass.shape, jnp.float32)
+    state.out[...] = jnp.zeros(state.out.shape, jnp.float32)
+    for ref in words_ref:
+        for word in range(ref.shape[0]):
+            ref[word] = jnp.int32(0)
+
+    def body(i: Array, _: None) -> None:
+        first = i * (2 * config.slots)
+        parts = [
+            _chunk(q, k_ref, v_ref, row_ref, words_ref, first + at, config)
+            for at in (0, config.slots)
+        ]
+        merged = _merge(_State(*(ref[...] for ref in state)), *parts)
+        for ref, value in zip(state, merged, strict=True):
+            ref[...] = value
+
+    lax.fori_loop(jnp.int32(0), _bodies(row_ref[0, 0], 2 * config.slots), body, None)
+    total = _State(*(ref[...] for ref in state))
+    total = total._replace(mass=_lanes(jnp.sum(total.mass, axis=1, keepdims=True)))
+    if tail:
+        total = _merge(total, _attend_tail(q, _Tail(*tail), words_ref[0], config))
+    mass = jnp.where(total.mass == 0, 1.0, total.mass)
+    out_refs[0][...] = (total.out / _fit(mass, total.out.shape[1])).astype(q.dtype)
+    for ref in out_refs[1:]:
+        lse = jnp.where(total.mass == 0, -jnp.inf, (total.top + jnp.log2(mass)) / LOG2E)
+        ref[...] = lse.T[:1]
+
+
+def _pad(x: Array, axis: int, size: int) -> Array:
+    """Zeros at the end of `axis`, up to `size`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths) if any(after for _, after in widths) else x
+
+
+def _heads(x: Array, end: Array | None, tokens: int) -> Array:
+    """x [B, S, N, H] as [B, N, tokens, H], 0 from `end` on: a weight of 0 silences no NaN."""
+    if end is not None:
+        inside = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < end[:, None]
+        x = jnp.where(inside[:, :, None, None], x, 0)
+    return _pad(jnp.swapaxes(x, 1, 2), 2, tokens)
+
+
+def _rows(blocks: BlockIndex, end: Array, key_blocks: int, slots: int) -> Array:
+    """A query block's integers [B, N, I, 1, HEADER + slots]: count, end of the keys, ids.
+
+    Slots that list nothing repeat the first id, which the row reads anyway: no NaN comes in.
+    """
+    b, n, i, most = blocks.ids.shape
+    count = jnp.clip(blocks.count, 0, most)[..., None]
+    ids = jnp.clip(_pad(blocks.ids, 3, slots), 0, key_blocks - 1)
+    live = jnp.arange(slots, dtype=jnp.int32)[None, None, None, :] < count
+    ids = jnp.where(live, ids, ids[..., :1])
+    end = jnp.broadcast_to(end.astype(jnp.int32)[:, None, None, None], (b, n, i, 1))
+    return jnp.concatenate([count, end, ids], axis=3)[:, :, :, None]
+
+
+def _tail_operands(tail: BlockStatistics, order: int, dtype: jnp.dtype) -> tuple[Array, ...]:
+    """The statistics as `_Tail` wants them, with the blocks padded to whole tiles."""
+    blocks = tail.key_mean.shape[2]
+    padded = num_blocks(blocks, LANES) * LANES
+    mean = _pad(tail.key_mean, 2, padded).astype(dtype)
+    value = jnp.swapaxes(_pad(tail.value_sum, 2, padded), 2, 3).astype(dtype)
+    # Whole numbers up to 128 are exact in bfloat16.
+    length = _pad(tail.length, 1, padded)[..., None].astype(jnp.bfloat16)
+    operands = (mean, value, jnp.broadcast_to(length, (*length.shape[:2], LANES)))
+    if order == 0:
+        return operands
+    groups = tail.covariance.shape[2]
+    size = min(tail.group, blocks)
+    tokens = _pad(tail.length, 1, groups * size).reshape(-1, groups, size).sum(axis=2)
+    # The kernel's q holds log2(e) for exp2.
+    tokens = jnp.maximum(tokens, 1).astype(jnp.float32)[:, None, :, None, None] * LOG2E
+    return (*operands, (jnp.swapaxes(tail.covariance, 3, 4) / tokens).astype(dtype))
+
+
+def _configure(
+    blocks: BlockIndex,
+    block_q: int,
+    block_kv: int,
+    factor: float,
+    tail: BlockStatistics | None,
+    key_blocks: int,
+) -> _Config:
+    """Chunks that fit the lists, and one group that spans all blocks as whole tiles."""
+    pairs = num_blocks(blocks.ids.shape[3], 2)
+    bodies = num_blocks(pairs * block_kv, CHUNK_KEYS)
+    step = LANES // block_kv
+    slots = num_blocks(num_blocks(pairs, bodies), step) * step
+    group = LANES if tail is None else tail.group
+    if group >= key_blocks:
+        group = num_blocks(key_blocks, LANES) * LANES
+    return _Config(block_q, block_kv, slots, factor, group)
+
+
+def _check(q: Array, block_q: int, block_kv: int, blocks: int, tail: Any) -> None:
+    """Raises NotImplementedError for what the kernel does not take."""
+    if q.dtype.name not in ("bfloat16", "float32"):
+        raise NotImplementedError(f"{q.dtype.name=} must be bfloat16 or float32")
+    for name, value, taken in (
+        ("head size", q.shape[3], HEAD_SIZES),
+        ("block_q", block_q, QUERY_BLOCKS),
+        ("block_kv", block_kv, KEY_BLOCKS),
+    ):
+        if value not in taken:
+            raise NotImplementedError(f"{name} {value} must be one of {taken}")
+    if tail is not None and tail.group < blocks:
+        if tail.group % LANES and tail.group not in (8, 16, 32, 64):
+            raise NotImplementedError(
+                f"{tail.group=} must be 8, 16, 32, 64, a multiple of {LANES}, or all blocks"
+            )
+
+
+def _vmem_capacity() -> int:
+    """Bytes of VMEM of the TPU at hand; of v5e and v6e where the program is for another machine."""
+    if jax.default_backend() != "tpu":
+        return 128 * MIB
+    return pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+def _vmem_bytes(config: _Config, k: Array, tail: tuple[Any, ...]) -> int:
+    """VMEM one program needs: a head's keys, values and statistics, and the chunks at work."""
+    padded = num_blocks(k.shape[3], LANES) * LANES
+    resident = 2 * k.shape[2] * padded * k.dtype.itemsize
+    for x in jax.tree.leaves(tail):
+        resident += (
+            math.prod(x.shape[-2 if x.ndim < 5 else -3 : -1])
+            * x.dtype.itemsize
+            * max(x.shape[-1], LANES)
+        )
+    keys = config.slots * config.block_kv
+    working = 2 * keys * (2 * padded * k.dtype.itemsize + config.block_q * 12)
+    return resident + working + 16 * config.block_q * padded * 4
+
+
+def _specs(config: _Config, k: Array, rows: Array, tail: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Block specs of the operands: a row of integers, a query block, and a whole head."""
+
+    def whole(x: Array) -> pl.BlockSpec:
+        # Loaded once a head: a second buffer would halve the longest sequence.
+        heads = x.ndim > 3
+        shape = (None,) * (1 + heads) + x.shape[1 + heads :]
+        index = lambda b, n, i: ((b, n) if heads else (b,)) + (0,) * (x.ndim - 1 - heads)  # noqa: E731
+        return pl.BlockSpec(shape, index, pipeline_mode=pl.Buffered(1))
+
+    row = pl.BlockSpec(
+        (None, None, None, *rows.shape[3:]),
+        lambda b, n, i: (b, n, i, 0, 0),
+        memory_space=pltpu.SMEM,
+    )
+    query = pl.BlockSpec((None, None, config.block_q, k.shape[3]), lambda b, n, i: (b, n, i, 0))
+    return row, query, whole(k), whole(k), jax.tree.map(whole, tail)
+
+
+def _call(
+    config: _Config,
+    q: Array,
+    k: Array,
+    v: Array,
+    rows: Array,
+    tail: tuple[Any, ...],
+    *,
+    return_lse: bool,
+    interpret: Any = False,
+) -> tuple[Array, ...]:
+    """The kernel on q [B, N, T, H], k and v [B, N, S, H]: output, and lse [B, N, I, 1, block_q]."""
+    b, n, t, h = q.shape
+    i, block_q = rows.shape[2], config.block_q
+    need = _vmem_bytes(config, k, tail)
+    if need > (capacity := _vmem_capacity()):
+        raise NotImplementedError(
+            f"one head of {k.shape[2]} keys needs {need / MIB:.1f} MiB of VMEM, "
+            f"which must be at most {capacity / MIB:.1f}"
+        )
+    specs = _specs(config, k, rows, tail)
+    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    out_specs = [specs[1]]
+    if return_lse:
+        out_shape.append(jax.ShapeDtypeStruct((b, n, i, 1, block_q), jnp.float32))
+        out_specs.append(
+            pl.BlockSpec((None, None, None, 1, block_q), lambda b, n, i: (b, n, i, 0, 0))
+        )
+    row = pltpu.VMEM((block_q, LANES), jnp.float32)
+    words = [pltpu.SMEM((jax.tree.leaves(tail)[0].shape[2] // 32,), jnp.int32)] if tail else []
+    kernel = pl.pallas_call(
+        functools.partial(_kernel, config=config),
+        grid=(b, n, i),
+        in_specs=specs,
+        out_specs=tuple(out_specs),
+        out_shape=tuple(out_shape),
+        scratch_shapes=[_State(row, row, pltpu.VMEM((block_q, h), jnp.float32)), words],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=need
+        ),
+        interpret=interpret,
+    )
+    return kernel(rows, q, k, v, tail)
+
+
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    blocks: BlockIndex,
+    *,
+    block_q: int,
+    block_kv: int,
+    tail: BlockStatistics | None = None,
+    order: int = 1,
+    kv_length: Int[Array, " B"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """See `api.block_sparse_attention`; one pass over a head that stays in VMEM.
+
+    q, k, v and the output are copied once each between [B, T, N, H] and the kernel's [B, N, T, H]
+    unless XLA gives their producer that layout; padding of a ragged S and zeros beyond kv_length
+    ride on that copy. Softmax, sums and the output accumulate in float32; for bfloat16 input the
+    scaled q, the softmax weights and the tail's statistics round to bfloat16 before a product.
+    Ids out of range are clipped to the nearest block, counts to 0 and L.
+
+    Args:
+        q, k, v: bfloat16 or float32, H one of 64, 96, 128, 256.
+        blocks: distinct key blocks of each query block.
+        block_q: 64, 128 or 256 tokens.
+        block_kv: 64 or 128 tokens.
+        tail: its group is 8, 16, 32, 64, a multiple of 128, or spans all blocks.
+        order: order of the tail's expansion, 0 or 1.
+        kv_length: valid keys of each batch row; None means all S.
+        scale: factor on q·k; None means H^-1/2.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        Output in q.dtype, and with `return_lse` the natural log-sum-exp in float32.
+
+    Raises:
+        NotImplementedError: dtype, head size, block sizes or group are not as above, or one head
+            does not fit VMEM.
+
+    Source: PISA (arXiv:2602.01077) and PASA (arXiv:2604.12219).
+    """
+    b, t, n, h = q.shape
+    end = jnp.full((b,), k.shape[1], jnp.int32) if kv_length is None else kv_length
+    count = num_blocks(k.shape[1], block_kv)
+    _check(q, block_q, block_kv, count, tail)
+    factor = (h**-0.5 if scale is None else scale) * LOG2E
+    config = _configure(blocks, block_q, block_kv, factor, tail, count)
+    slots = num_blocks(blocks.ids.shape[3], 2 * config.slots) * 2 * config.slots
+    out, *lse = _call(
+        config,
+        _pad(jnp.swapaxes(q, 1, 2), 2, max(t, block_q)),
+        *(_heads(x, kv_length, count * block_kv) for x in (k, v)),
+        _rows(blocks, jnp.minimum(end, k.shape[1]), count, slots),
+        () if tail is None else _tail_operands(tail, order, q.dtype),
+        return_lse=return_lse,
+    )
+    out = jnp.swapaxes(out[:, :, :t], 1, 2)
+    if not return_lse:
+        return out
+    return out, jnp.swapaxes(lse[0].reshape(b, n, -1)[:, :, :t], 1, 2)

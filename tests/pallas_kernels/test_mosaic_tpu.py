@@ -1,0 +1,188 @@
+"""The TPU kernel: interpreted against the closed form, refusals, and lowering for a TPU."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pasa_jax.pallas_kernels import BlockIndex, mosaic_tpu, num_blocks
+from pasa_jax.pallas_kernels.blocks import BlockStatistics, group_count
+
+# float32: sums of some hundred terms in another order than the reference's, and exp2 for exp.
+# bfloat16: scaled q, weights and statistics round to 2^-9; scores near 8 turn that into some 2^-6.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6}
+
+CASES = [
+    # t, s, block_q, block_kv, slots, group, order, dtype, h; group None: no tail
+    pytest.param(150, 450, 64, 64, 5, None, 1, "float32", 64, id="T150-S450-no_tail"),
+    pytest.param(130, 449, 128, 128, 3, 99, 1, "float32", 128, id="T130-S449-one_group"),
+    pytest.param(70, 2877, 128, 64, 35, 32, 1, "bfloat16", 64, id="T70-S2877-group32-bfloat16"),
+    pytest.param(70, 8517, 64, 64, 9, 32, 1, "float32", 64, id="T70-S8517-two_tiles-group32"),
+    pytest.param(5, 2877, 256, 64, 12, 8, 1, "float32", 96, id="T5-S2877-group8-H96"),
+    pytest.param(70, 2877, 256, 64, 7, 32, 0, "float32", 256, id="T70-S2877-order0-H256"),
+]
+STATIC = ("block_q", "block_kv", "group", "order", "scale", "return_lse")
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The kernel interpreted, with short chunks: few slots to compile, many bodies to run."""
+    monkeypatch.setattr(mosaic_tpu, "CHUNK_KEYS", 128)
+    monkeypatch.setattr(mosaic_tpu, "TAIL_TILES", 1)
+    monkeypatch.setattr(mosaic_tpu, "_call", functools.partial(mosaic_tpu._call, interpret=True))
+    # A new function: jit would otherwise find what another test compiled from other constants.
+    call = lambda *args, **kw: mosaic_tpu.block_sparse_attention(*args, **kw)  # noqa: E731
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(call, static_argnames=STATIC, compiler_options=options)
+
+
+def distance(a, b):
+    """Largest difference over the largest value of b."""
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return np.max(np.abs(a - b)) / np.max(np.abs(b))
+
+
+def compare(kernel, truth, q, k, v, blocks, **kw):
+    """Output and log-sum-exp against the closed form; returns the kernel's."""
+    out, lse = kernel(q, k, v, blocks, return_lse=True, **kw)
+    want, want_lse = truth.block_sparse_attention(q, k, v, blocks, return_lse=True, **kw)
+    assert out.dtype == q.dtype and lse.dtype == jnp.float32
+    assert distance(out, want) < TOLERANCE[q.dtype.name]
+    assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    seen = ~np.isneginf(want_lse)
+    assert distance(np.where(seen, lse, 0), np.where(seen, want_lse, 0)) < TOLERANCE[q.dtype.name]
+    return out, lse
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "block_q", "block_kv", "slots", "group", "order", "dtype", "h"), CASES
+)
+def test_equals_closed_form(
+    kernel, truth, problem, t, s, block_q, block_kv, slots, group, order, dtype, h
+):
+    q, k, v, blocks = problem(t, s, block_q, block_kv, slots, n=2, h=h, dtype=dtype, spread=1)
+    q = q * jnp.asarray(2, q.dtype)
+    kv_length = jnp.asarray([s, s // 2 + 1], jnp.int32)
+    kw = dict(block_q=block_q, block_kv=block_kv, order=order, kv_length=kv_length)
+    if group is not None:
+        kw["tail"] = truth.block_statistics(
+            k, v, block_kv=block_kv, group=group, kv_length=kv_length
+        )
+    out, lse = compare(kernel, truth, q, k, v, blocks, **kw)
+    again, lse_again = kernel(q, k, v, blocks, return_lse=True, **kw)
+    assert np.array_equal(out, again) and np.array_equal(lse, lse_again)
+
+
+def test_nan_stays_in_dropped_blocks_and_in_padding(kernel, truth, problem):
+    q, k, v, blocks = problem(130, 450, 64, 64, 5, n=1, h=64)
+    count = jnp.asarray([[[3, 1, 0]], [[2, 5, 3]]], jnp.int32)
+    listed = np.asarray(blocks.ids)
+    slot = np.arange(5)
+    dead = slot >= np.asarray(count)[..., None]
+    wild = jnp.asarray(np.where(dead, [[[[-1, 99, 7, 2**30, -(2**31)]]]], listed), jnp.int32)
+    kv_length = jnp.asarray([450, 300], jnp.int32)
+    kw = dict(block_q=64, block_kv=64, kv_length=kv_length, scale=0.1)
+    want = truth.block_sparse_attention(q, k, v, BlockIndex(blocks.ids, count), **kw)
+    used = np.zeros((2, 512), bool)
+    for b in range(2):
+        for block in np.unique(listed[b][~dead[b]]):
+            used[b, 64 * block : 64 * block + 64] = True
+    used = (used & (np.arange(512)[None] < np.asarray(kv_length)[:, None]))[:, :450]
+    assert not used.all(axis=1).any(), "both rows have tokens to poison"
+    k, v = (jnp.where(jnp.asarray(used)[:, :, None, None], x, jnp.nan) for x in (k, v))
+    out = kernel(q, k, v, BlockIndex(wild, count), **kw)
+    assert distance(out, want) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_maximum_rises_in_the_tail(kernel, truth, problem, order):
+    q, k, v, blocks = problem(64, 450, 64, 64, 2, n=1, h=64)
+    q = jnp.abs(q)  # block j scores about 3·j: the lists hold the two lowest
+    rise = jnp.arange(450, dtype=jnp.float32) // 64 * 0.25
+    k = 0.1 * k + rise[None, :, None, None]
+    blocks = BlockIndex(jnp.zeros_like(blocks.ids).at[..., 1].set(1), blocks.count * 0 + 2)
+    tail = truth.block_statistics(k, v, block_kv=64, group=32)
+    compare(kernel, truth, q, k, v, blocks, block_q=64, block_kv=64, tail=tail, order=order)
+
+
+def test_no_key_gives_zero(kernel, truth, problem):
+    q, k, v, blocks = problem(64, 128, 64, 64, 2, n=1, h=64)
+    blocks = BlockIndex(blocks.ids, blocks.count * 0 + 2)
+    kv_length = jnp.asarray([0, 1], jnp.int32)
+    tail = truth.block_statistics(k, v, block_kv=64, group=32, kv_length=kv_length)
+    for statistics in (None, tail):
+        kw = dict(block_q=64, block_kv=64, kv_length=kv_length, tail=statistics)
+        out, lse = kernel(q, k, v, blocks, return_lse=True, **kw)
+        assert np.all(np.asarray(out[0]) == 0) and np.all(np.isneginf(lse[0]))
+        # One key: its value, whatever the query.
+        assert distance(out[1], jnp.broadcast_to(v[1, :1], out[1].shape)) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "h", "block_q", "block_kv", "group", "word"),
+    [
+        ("float16", 64, 64, 64, None, "dtype"),
+        ("float32", 80, 64, 64, None, "head size 80"),
+        ("float32", 64, 32, 64, None, "block_q 32"),
+        ("float32", 64, 64, 32, None, "block_kv 32"),
+        ("float32", 64, 64, 64, 12, "group=12"),
+    ],
+)
+def test_refuses(problem, dtype, h, block_q, block_kv, group, word):
+    q, k, v, blocks = problem(64, 64 * 14, block_q, block_kv, 1, h=h, dtype=dtype)
+    tail = None if group is None else statistics(2, 3, 14, h, group)
+    with pytest.raises(NotImplementedError, match=word):
+        mosaic_tpu.block_sparse_attention(
+            q, k, v, blocks, block_q=block_q, block_kv=block_kv, tail=tail
+        )
+
+
+def statistics(b, n, blocks, h, group):
+    return BlockStatistics(
+        jnp.zeros((b, n, blocks, h), jnp.float32),
+        jnp.zeros((b, n, blocks, h), jnp.float32),
+        jnp.zeros((b, blocks), jnp.int32),
+        jnp.zeros((b, n, group_count(blocks, group), h, h), jnp.float32),
+        group,
+    )
+
+
+def lower(t, s, n, block_q, block_kv, slots, group, dtype, h=128):
+    """The function of a shape, traced and lowered for a TPU."""
+    shape = jax.ShapeDtypeStruct
+    q, k = shape((1, t, n, h), dtype), shape((1, s, n, h), dtype)
+    rows = num_blocks(t, block_q)
+    blocks = BlockIndex(shape((1, n, rows, slots), jnp.int32), shape((1, n, rows), jnp.int32))
+
+    def run(q, k, v, blocks):
+        tail = group and statistics(1, n, num_blocks(s, block_kv), h, group)
+        sizes = dict(block_q=block_q, block_kv=block_kv, return_lse=True)
+        return mosaic_tpu.block_sparse_attention(q, k, v, blocks, tail=tail, **sizes)
+
+    return jax.jit(run).trace(q, k, k, blocks).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("s", "n", "block_q", "block_kv", "slots", "group", "dtype"),
+    [
+        pytest.param(75600, 40, 128, 64, 177, 32, "bfloat16", id="wan14b-720p-pasa"),
+        pytest.param(119056, 24, 256, 128, 96, 2000, "bfloat16", id="hunyuan-720p-one_group"),
+        pytest.param(1000, 2, 64, 64, 5, None, "float32", id="float32-no_tail"),
+    ],
+)
+def test_lowers_for_tpu(s, n, block_q, block_kv, slots, group, dtype):
+    assert "tpu_custom_call" in lower(s, s, n, block_q, block_kv, slots, group, dtype)
+
+
+def test_refuses_what_does_not_fit_vmem(monkeypatch):
+    with pytest.raises(NotImplementedError, match="300032 keys needs .* MiB of VMEM.*128.0"):
+        lower(64, 300000, 1, 64, 64, 5, None, "bfloat16")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    chip = types.SimpleNamespace(vmem_capacity_bytes=16 * 2**20)  # a v4
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: chip)
+    with pytest.raises(NotImplementedError, match="must be at most 16.0"):
+        lower(64, 32760, 1, 64, 64, 5, None, "bfloat16")
