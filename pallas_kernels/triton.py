@@ -1,0 +1,413 @@
+"""Block-sparse attention for NVIDIA GPUs from Ampere on: one Pallas Triton kernel, tail fused."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Array, Float, Int
+
+from pasa_jax.pallas_kernels.blocks import (
+    BlockIndex,
+    BlockStatistics,
+    group_count,
+    num_blocks,
+)
+
+DTYPES = ("bfloat16", "float16", "float32")
+HEAD_DIM = 256  # the largest; wider accumulators do not fit the registers
+SMALLEST_TILE = 16  # Triton's matrix product takes no fewer rows or columns
+TILE_QUERIES = 128
+TILE_KEYS = 64
+# Two of each are in flight beside the queries: together they fit Ampere's 164 KiB.
+KEY_BYTES = 16 * 1024
+MATRIX_BYTES = 32 * 1024
+LOG2_E = math.log2(math.e)
+
+
+class _Config(NamedTuple):
+    """What the kernel is compiled for; the tile sizes change speed, never numbers."""
+
+    t: int
+    s: int
+    head_dim: int
+    block_kv: int
+    slots: int
+    tile_keys: int
+    scale: float
+    masked: bool  # whether some block is shorter than block_kv
+    group: int  # blocks in a group of the tail; all for order 0
+    columns: int  # block means in a step of the tail; 0 without a tail
+    chunks: int  # steps in a group
+    groups: int
+    matrix_rows: int  # rows of a group's matrix in a step; 0 for order 0
+    precision: Any
+
+
+class _State(NamedTuple):
+    """A running softmax in base 2: maximum [P], mass [P] and un-normalised output [P, H]."""
+
+    top: Array
+    mass: Array
+    out: Array
+
+
+class _Queries(NamedTuple):
+    """A tile of queries, and a way to take some of its columns (start, size) from memory again."""
+
+    q: Array  # [P, H]
+    take: Callable[..., Array]
+
+
+class _Columns(NamedTuple):
+    """The statistics as the tail's steps read them: groups filled up to whole steps."""
+
+    mean: Array  # [B, N, C, H]
+    value: Array  # [B, N, C, H], mean of the block's values
+    log_length: Array  # f32 [B, C], base 2
+    skip: Array  # int8 [B, N, I, C], 1 where the block is listed or has no token
+    matrix: Array | None  # [B, N, G, H, H], scale · covariance / T_g; None for order 0
+
+
+def _dot(a: Array, b: Array, config: _Config, trans_b: bool = False) -> Array:
+    contract = (((1,), (1 if trans_b else 0,)), ((), ()))
+    return lax.dot_general(
+        a, b, contract, precision=config.precision, preferred_element_type=jnp.float32
+    )
+
+
+def _raise_top(state: _State, logits: Array) -> tuple[_State, Array, Array]:
+    """Rescales the state to the maximum that includes `logits` [P, K].
+
+    Returns the state with the mass of the logits, their weights, and the factor of older weights.
+    """
+    top = jnp.maximum(state.top, jnp.max(logits, axis=1))
+    shift = jnp.where(top == -jnp.inf, 0.0, top)  # nothing seen yet: avoid -inf − -inf
+    fade = jnp.exp2(state.top - shift)
+    weights = jnp.exp2(logits - shift[:, None])
+    mass = state.mass * fade + jnp.sum(weights, axis=1)
+    return _State(top, mass, state.out * fade[:, None]), weights, fade
+
+
+def _within(start: Array | int, size: int, end: Array | int) -> Array:
+    return start + jnp.arange(size, dtype=jnp.int32) < end
+
+
+def _load(
+    ref: Any,
+    rows: tuple[Array | int, int],
+    end: Array | int | None,
+    columns: tuple[int, int],
+    head_dim: int,
+) -> Array:
+    """Rows and columns of `ref`, each (start, size): zeros from row `end`, column `head_dim` on."""
+    mask = None if end is None else _within(*rows, end)[:, None]
+    if sum(columns) > head_dim:
+        inside = _within(*columns, head_dim)[None, :]
+        mask = inside if mask is None else mask & inside
+    ref = ref.at[pl.ds(*rows), pl.ds(*columns)]
+    if mask is None:
+        return pltriton.load(ref)
+    return pltriton.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0.0)
+
+
+def _add_listed(t: Array, state: _State, q: Array, refs: Any, config: _Config) -> _State:
+    """Adds the t-th piece of the listed blocks."""
+    k_ref, v_ref, ids_ref, end_ref = refs
+    pieces = jnp.int32(config.block_kv // config.tile_keys)
+    last = num_blocks(config.s, config.block_kv) - 1
+    block = jnp.clip(ids_ref[lax.div(t, pieces)], 0, last)
+    start = block * config.block_kv + lax.rem(t, pieces) * config.tile_keys
+    end = end_ref[0] if config.masked else None
+    take = functools.partial(
+        _load,
+        rows=(start, config.tile_keys),
+        end=end,
+        columns=(0, q.shape[1]),
+        head_dim=config.head_dim,
+    )
+    logits = _dot(q, take(k_ref), config, trans_b=True) * (config.scale * LOG2_E)
+    if config.masked:
+        inside = _within(start, config.tile_keys, end)
+        logits = jnp.where(inside[None, :], logits, -jnp.inf)
+    state, weights, _ = _raise_top(state, logits)
+    v = take(v_ref)
+    return state._replace(out=state.out + _dot(weights.astype(v.dtype), v, config))
+
+
+def _add_columns(
+    step: Array, carry: tuple[_State, Array], q: Array, refs: _Columns, config: _Config
+) -> tuple[_State, Array]:
+    """Adds a step's blocks by their means; carries the group's mass beside the state."""
+    state, group_mass = carry
+    at = pl.ds(step * config.columns, config.columns)
+    logits = _dot(q, refs.mean[at, :], config, trans_b=True) * (config.scale * LOG2_E)
+    # The block's length in the exponent makes a weight the mass of all of its tokens.
+    logits = jnp.where(
+        (refs.skip[at] != 0)[None, :], -jnp.inf, logits + refs.log_length[at][None, :]
+    )
+    state, weights, fade = _raise_top(state, logits)
+    value = refs.value[at, :]
+    out = state.out + _dot(weights.astype(value.dtype), value, config)
+    return state._replace(out=out), group_mass * fade + jnp.sum(weights, axis=1)
+
+
+def _add_matrix(
+    g: Array, state: _State, mass: Array, queries: _Queries, ref: Any, config: _Config
+) -> _State:
+    """Adds a group's first order, so many rows of its matrix at a time as the memory holds."""
+    out, size, wide = state.out, config.matrix_rows, queries.q.shape[1]
+    for start in range(0, wide, size):
+        part = queries.q if size == wide else queries.take(columns=(start, size))
+        # The mass folded into the queries lets the product run straight into the output.
+        weighted = (part.astype(jnp.float32) * mass[:, None]).astype(part.dtype)
+        out = out + _dot(weighted, ref[g, pl.ds(start, size), :], config)
+    return state._replace(out=out)
+
+
+def _add_tail(state: _State, queries: _Queries, refs: _Columns, config: _Config) -> _State:
+    """Adds every block that is not listed by its Taylor expansion, group by group."""
+    add = functools.partial(_add_columns, q=queries.q, refs=refs, config=config)
+
+    def group(g: Array, state: _State) -> _State:
+        carry = state, jnp.zeros_like(state.mass)
+        if config.chunks == 1:
+            state, mass = add(g, carry)
+        else:
+            first = g * config.chunks
+            state, mass = lax.fori_loop(first, first + config.chunks, add, carry)
+        if config.matrix_rows == 0:
+            return state
+        return _add_matrix(g, state, mass, queries, refs.matrix, config)
+
+    return lax.fori_loop(0, config.groups, group, state)
+
+
+def _kernel(q_ref, k_ref, v_ref, ids_ref, count_ref, end_ref, *refs, config: _Config):
+    """One tile of queries of one head."""
+    *tail_refs, out_ref, lse_ref = refs
+    rows, wide = q_ref.shape
+    left = config.t - pl.program_id(0) * rows  # rows of the tile that exist
+    end = left if config.t % rows else None
+    take = functools.partial(_load, q_ref, (0, rows), end, head_dim=config.head_dim)
+    queries = _Queries(take(columns=(0, wide)), take)
+    state = _State(
+        jnp.full((rows,), -jnp.inf, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, wide), jnp.float32),
+    )
+    steps = jnp.minimum(count_ref[0], config.slots) * (config.block_kv // config.tile_keys)
+    keys = k_ref, v_ref, ids_ref, end_ref
+    listed = functools.partial(_add_listed, q=queries.q, refs=keys, config=config)
+    state = lax.fori_loop(0, steps, listed, state)
+    if config.columns:
+        state = _add_tail(
+            state, queries, _Columns(*tail_refs, *(None,) * (5 - len(tail_refs))), config
+        )
+    seen = state.mass != 0
+    out = state.out / jnp.where(seen, state.mass, 1.0)[:, None]
+    # A natural logarithm; 0 and -inf for a row that saw no key.
+    lse = jnp.where(seen, (state.top + jnp.log2(state.mass)) / LOG2_E, -jnp.inf)
+    row_mask = _within(0, rows, left)
+    mask = row_mask[:, None] & _within(0, wide, config.head_dim)[None, :]
+    pltriton.store(out_ref, out.astype(out_ref.dtype), mask=mask)
+    pltriton.store(lse_ref, lse, mask=row_mask)
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest power of two, from SMALLEST_TILE on, that is at least `size`."""
+    return max(SMALLEST_TILE, 1 << (size - 1).bit_length())
+
+
+def _fill(x: Array, axis: int, size: int, value: int = 0) -> Array:
+    """`value` at the end of `axis`, up to `size`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value) if x.shape[axis] != size else x
+
+
+def _skipped(blocks: BlockIndex, length: Int[Array, "B J"]) -> Array:
+    """bool [B, N, I, J], whether the tail leaves a block out: it is listed, or has no token."""
+    b, n, i, slots = blocks.ids.shape
+    columns = length.shape[1]
+    live = jnp.arange(slots, dtype=jnp.int32)[None, None, None, :] < blocks.count[..., None]
+    column = jnp.where(live, blocks.ids, columns).reshape(-1, slots)
+    row = jnp.broadcast_to(jnp.arange(b * n * i, dtype=jnp.int32)[:, None], column.shape)
+    listed = jnp.zeros((b * n * i, columns), jnp.bool_).at[row, column].set(True, mode="drop")
+    return listed.reshape(b, n, i, columns) | (length == 0)[:, None, None, :]
+
+
+def _cut(x: Array, axis: int, c: _Config, value: int = 0) -> Array:
+    """Fills every group along `axis` up to whole steps of the tail, with `value`."""
+    x = _fill(x, axis, c.groups * c.group, value)
+    x = x.reshape(*x.shape[:axis], c.groups, c.group, *x.shape[axis + 1 :])
+    x = _fill(x, axis + 1, c.chunks * c.columns, value)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _columns(tail: BlockStatistics, blocks: BlockIndex, dtype: jnp.dtype, c: _Config) -> _Columns:
+    """The statistics in the order and type that the kernel reads."""
+    wide = _power_of_two(c.head_dim)
+    size = jnp.maximum(tail.length, 1).astype(jnp.float32)  # [B, J]
+    mean, value = (
+        _fill(_cut(x.astype(dtype), 2, c), 3, wide)
+        for x in (tail.key_mean, tail.value_sum / size[:, None, :, None])
+    )
+    log_length = _cut(jnp.log2(size), 1, c)
+    skip = _cut(_skipped(blocks, tail.length).astype(jnp.int8), 3, c, 1)
+    if c.matrix_rows == 0:
+        return _Columns(mean, value, log_length, skip, None)
+    tokens = _fill(tail.length, 1, c.groups * c.group).reshape(-1, c.groups, c.group).sum(axis=2)
+    share = c.scale / jnp.maximum(tokens, 1).astype(jnp.float32)[:, None, :, None, None]
+    matrix = _fill(_fill(tail.covariance * share, 3, wide), 4, wide).astype(dtype)
+    return _Columns(mean, value, log_length, skip, matrix)
+
+
+def _refuse(dtype: jnp.dtype, head_dim: int, block_q: int, block_kv: int) -> None:
+    """Raises NotImplementedError for what the kernel does not take."""
+    if dtype.name not in DTYPES:
+        raise NotImplementedError(f"{dtype.name=} must be one of {', '.join(DTYPES)}")
+    if head_dim > HEAD_DIM:
+        raise NotImplementedError(f"{head_dim=} must be at most {HEAD_DIM}")
+    for name, size in {"block_q": block_q, "block_kv": block_kv}.items():
+        if size % SMALLEST_TILE:
+            raise NotImplementedError(f"{name}={size} must be a multiple of {SMALLEST_TILE}")
+
+
+def _tail_config(tail: BlockStatistics | None, order: int, most: int, row_bytes: int) -> dict:
+    """How the tail is cut: steps of at most `most` block means, never across groups."""
+    if tail is None:
+        return dict(group=0, columns=0, chunks=0, groups=0, matrix_rows=0)
+    blocks = tail.length.shape[1]
+    group = blocks if order == 0 else min(tail.group, blocks)
+    columns = min(most, _power_of_two(group))
+    wide = _power_of_two(tail.key_mean.shape[3])
+    return dict(
+        group=group,
+        columns=columns,
+        chunks=num_blocks(group, columns),
+        groups=group_count(blocks, group),
+        matrix_rows=min(wide, MATRIX_BYTES // row_bytes) if order == 1 else 0,
+    )
+
+
+def _specs(
+    config: _Config, tile: int, per_block: int, wide: int, columns: _Columns | None
+) -> tuple[list[pl.BlockSpec], list[pl.BlockSpec]]:
+    """Which part of each operand and result a program (query tile, head, batch row) sees."""
+    rows = pl.BlockSpec((None, tile, None, wide), lambda i, n, b: (b, i, n, 0))
+    keys = pl.BlockSpec((None, config.s, None, wide), lambda i, n, b: (b, 0, n, 0))
+    ids = pl.BlockSpec((None, None, None, config.slots), lambda i, n, b: (b, n, i // per_block, 0))
+    count = pl.BlockSpec((None, None, 1), lambda i, n, b: (b, n, i // per_block))
+    end = pl.BlockSpec((1,), lambda i, n, b: (b,))
+    lse = pl.BlockSpec((None, tile, None), lambda i, n, b: (b, i, n))
+    specs = [rows, keys, keys, ids, count, end]
+    if columns is not None:
+        size = columns.mean.shape[2]
+        mean = pl.BlockSpec((None, None, size, wide), lambda i, n, b: (b, n, 0, 0))
+        length = pl.BlockSpec((None, size), lambda i, n, b: (b, 0))
+        skip = pl.BlockSpec((None, None, None, size), lambda i, n, b: (b, n, i // per_block, 0))
+        specs += [mean, mean, length, skip]
+        if columns.matrix is not None:
+            shape = (None, None, config.groups, wide, wide)
+            specs.append(pl.BlockSpec(shape, lambda i, n, b: (b, n, 0, 0, 0)))
+    return specs, [rows, lse]
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    blocks: BlockIndex,
+    *,
+    block_q: int,
+    block_kv: int,
+    tail: BlockStatistics | None = None,
+    order: int = 1,
+    kv_length: Array | None = None,
+    scale: float | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp."""
+    b, t, n, h = q.shape
+    s = k.shape[1]
+    _refuse(q.dtype, h, block_q, block_kv)
+    wide = _power_of_two(h)
+    row_bytes = wide * q.dtype.itemsize
+    tile = math.gcd(block_q, TILE_QUERIES)
+    tile_keys = math.gcd(block_kv, min(TILE_KEYS, KEY_BYTES // row_bytes))
+    exact = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    config = _Config(
+        t=t,
+        s=s,
+        head_dim=h,
+        block_kv=block_kv,
+        slots=blocks.ids.shape[3],
+        tile_keys=tile_keys,
+        scale=h**-0.5 if scale is None else scale,
+        masked=kv_length is not None or s % block_kv != 0,
+        precision=exact if q.dtype == jnp.float32 else None,
+        **_tail_config(tail, order, tile_keys, row_bytes),
+    )
+    end = jnp.full((b,), s, jnp.int32) if kv_length is None else kv_length.astype(jnp.int32)
+    columns = None if tail is None else _columns(tail, blocks, q.dtype, config)
+    operands = [] if columns is None else [x for x in columns if x is not None]
+    in_specs, out_specs = _specs(config, tile, block_q // tile, wide, columns)
+    small = tile * wide <= 64 * 128 and tile <= 64
+    call = pl.pallas_call(
+        functools.partial(_kernel, config=config),
+        grid=(num_blocks(t, tile), n, b),  # neighbours in time share a head's keys
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
+        ],
+        compiler_params=pltriton.CompilerParams(num_warps=4 if small else 8, num_stages=2),
+        interpret=interpret,
+        name="block_sparse_attention",
+    )
+    return call(q, k, v, *blocks, jnp.minimum(end, s), *operands)
+
+
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    blocks: BlockIndex,
+    *,
+    block_q: int,
+    block_kv: int,
+    tail: BlockStatistics | None = None,
+    order: int = 1,
+    kv_length: Int[Array, " B"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """See `api.block_sparse_attention`.
+
+    Reads q, k and v where they lie: ragged ends and head sizes that are no power of two are masked
+    in the kernel, not padded. Sums and softmax run in float32; weights and statistics round to
+    q.dtype before they enter a product. float32 products run as three TF32 products each.
+
+    Raises:
+        NotImplementedError: float64, heads wider than 256, blocks that are no multiple of 16.
+    """
+    out, lse = _attend(
+        q,
+        k,
+        v,
+        blocks,
+        block_q=block_q,
+        block_kv=block_kv,
+        tail=tail,
+        order=order,
+        kv_length=kv_length,
+        scale=scale,
+    )
+    return (out, lse) if return_lse else out
