@@ -52,9 +52,13 @@ def attend(
     Returns:
         Attention output in q.dtype and the layer's new state. In mode "dense" and in the policy's
         dense layers the output is `dense_attention`'s, bit for bit.
+
+    Raises:
+        ValueError: `attention.keys` are not typed random keys [P] with P a divisor of B.
     """
     if attention is None or attention.mode == "dense":
         return api.dense_attention(q, k, v), state
+    _check_keys(attention.keys, q.shape[0])
     policy = attention.policy
 
     def sparse(q, k, v, state):
@@ -81,3 +85,12 @@ def attend(
         return sparse(q, k, v, state)
     is_dense = jnp.isin(layer, jnp.asarray(policy.dense_layers, jnp.int32))
     return jax.lax.cond(is_dense, dense, sparse, q, k, v, state)
+
+
+def _check_keys(keys: jax.Array, batch: int) -> None:
+    typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if not typed or keys.ndim != 1 or keys.size == 0 or batch % keys.size:
+        raise ValueError(
+            f"keys={keys.dtype}{list(keys.shape)} must be typed random keys [P] that divide the "
+            f"batch of {batch}, as jax.random.split(jax.random.key(0), P)"
+        )

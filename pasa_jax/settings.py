@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import tokenize
 import zipfile
 import zlib
@@ -26,7 +25,7 @@ class Settings:
     Attributes:
         steps: denoising steps.
         shift: timestep shift, see `sampling.make_schedule`.
-        guidance: weight of classifier-free guidance, 0 or more; 1 runs without the second branch.
+        guidance: weight of classifier-free guidance, 0 to 1000; 1 runs without the second branch.
         sampler: "unipc" or "euler".
         frames: video frames.
         width, height: of the video, pixels.
@@ -79,8 +78,10 @@ class Card:
         asked = {key: value for key, value in asked.items() if value is not None}
         settings = dataclasses.replace(self.defaults, **asked)
         check_schedule(settings.sampler, settings.steps, settings.shift)
-        if not 0 <= settings.guidance < math.inf:
-            raise ValueError(f"guidance={settings.guidance} must be 0 or more; 1 means no guidance")
+        if not 0 <= settings.guidance <= 1000:
+            raise ValueError(
+                f"guidance={settings.guidance} must be from 0 to 1000; 1 means no guidance"
+            )
         self.grid(settings)
         return settings
 

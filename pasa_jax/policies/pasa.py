@@ -120,7 +120,8 @@ class Pasa:
             raise ValueError("budget='online' is known step by step only: use online_budget")
         dense = dense_prefix_steps(self.dense_prefix, num_steps)
         curve = np.ones(num_steps) if curve is None else np.asarray(curve, np.float64)
-        if curve.shape != (num_steps,) or not np.isfinite(curve).all() or (curve < 0).any():
+        largest = np.finfo(np.float32).max
+        if curve.shape != (num_steps,) or not (0 <= curve).all() or not (curve <= largest).all():
             raise ValueError(
                 f"curve={curve.tolist()} must be {num_steps=} finite numbers, 0 or more"
             )

@@ -186,3 +186,13 @@ def test_state_passes_through():
     state = {"count": jnp.int32(7)}
     for attention in (None, run(PISA), run(PASA, mode="dense")):
         assert attend(q, k, v, attention, layer=jnp.int32(1), state=state)[1] == state
+
+
+@pytest.mark.parametrize(
+    "keys", [jax.random.key(0), jax.random.PRNGKey(0), jax.random.split(jax.random.key(0), 3)]
+)
+def test_keys_of_another_kind_are_refused(keys):
+    q, k, v = qkv()
+    attention = dataclasses.replace(run(PASA), keys=keys)
+    with pytest.raises(ValueError, match="keys=.* must be typed random keys"):
+        attend(q, k, v, attention, layer=jnp.int32(1))

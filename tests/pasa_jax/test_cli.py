@@ -84,7 +84,7 @@ REFUSALS = {
     ),
     "size form": ([WAVES, "--size", "128"], "size='128' must be WIDTHxHEIGHT"),
     "huge": ([WAVES, "--size", "80000x128"], "must be at most 1024"),
-    "guidance": ([WAVES, "--guidance", "-2"], "guidance=-2.0 must be 0 or more"),
+    "guidance": ([WAVES, "--guidance", "-2"], "guidance=-2.0 must be from 0"),
     "shift": ([WAVES, "--shift", "0"], "shift=0.0 must be from 0.01 to 100"),
     "sampler": ([WAVES, "--sampler", "ddim"], "sampler='ddim' must be one of euler, unipc"),
     "seed": ([WAVES, "--seed", "-1"], "seed=-1 must be from 0"),
