@@ -5,12 +5,14 @@ if __name__ != "pasa_jax.pallas_kernels":
 
 from pasa_jax.pallas_kernels.api import (
     block_covariance_norm,
+    block_mass,
     block_sparse_attention,
     block_statistics,
     dense_attention,
 )
 from pasa_jax.pallas_kernels.blocks import (
     BlockIndex,
+    BlockMass,
     BlockStatistics,
     block_lengths,
     num_blocks,
@@ -18,9 +20,11 @@ from pasa_jax.pallas_kernels.blocks import (
 
 __all__ = [
     "BlockIndex",
+    "BlockMass",
     "BlockStatistics",
     "block_covariance_norm",
     "block_lengths",
+    "block_mass",
     "block_sparse_attention",
     "block_statistics",
     "dense_attention",

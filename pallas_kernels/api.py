@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from pasa_jax.pallas_kernels import xla
 from pasa_jax.pallas_kernels.blocks import (
     BlockIndex,
+    BlockMass,
     BlockStatistics,
     accumulation_dtype,
     group_count,
@@ -60,6 +61,14 @@ def check_blocks(blocks: BlockIndex, shape: tuple[int, int, int]) -> None:
         raise ValueError(f"{count.shape=} must be [B, N, I] = {shape}")
     if ids.dtype != jnp.int32 or count.dtype != jnp.int32:
         raise ValueError(f"{ids.dtype=} and {count.dtype=} must be int32")
+
+
+def check_lse(lse: jax.Array, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless the log-sum-exp is floating point of `shape` [B, T, N]."""
+    if lse.shape != shape or lse.dtype.name not in FLOAT_TYPES:
+        raise ValueError(
+            f"lse {lse.dtype.name}{lse.shape} must be floating point [B, T, N] = {shape}"
+        )
 
 
 def check_tail(tail: BlockStatistics | None, order: int, shape: tuple[int, int, int, int]) -> None:
@@ -111,6 +120,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "block_statistics": {"xla": xla.block_statistics},
     "block_covariance_norm": {"xla": xla.block_covariance_norm},
+    "block_mass": {"xla": xla.block_mass},
     "dense_attention": {"cudnn": _cudnn_dense_attention, "xla": xla.dense_attention},
 }
 # By platform, best first; an operation's table may lack some of them.
@@ -394,6 +404,59 @@ def block_covariance_norm(
         group=group,
         kv_length=kv_length,
         statistics=statistics,
+    )
+
+
+def block_mass(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    lse: Float[Array, "B T N"],
+    *,
+    block_q: int,
+    block_kv: int,
+    top: int,
+    kv_length: Int[Array, " B"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> BlockMass:
+    """Attention mass of key blocks, Σ exp(scale · q·k − lse) over the tokens of both blocks.
+
+    Args:
+        q, k: queries and keys after rotation, all of one dtype.
+        lse: natural log-sum-exp of every query, fresh (`dense_attention` with return_lse) or of an
+            earlier step; a stale one weighs queries, never keys within a query. -inf gives no mass.
+        block_q, block_kv: tokens per query block and per key block.
+        top: key blocks kept of each query block, from 1 to all J.
+        kv_length: valid keys of each batch row, from the start; None means all S.
+        scale: factor on q·k; None means H^-1/2.
+        implementation: "xla"; None picks the best that runs here.
+
+    Returns:
+        The heaviest key blocks with their masses, and the total. Sums run in float32 (float64 for
+        float64 input); no array of all query by all key blocks is held.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or a size is out of range.
+
+    Source: AdaSpa (arXiv:2502.21079), fused search and its refresh from a cached log-sum-exp.
+    """
+    check_qkv(q, k, k, kv_length)
+    check_positive(block_q=block_q, block_kv=block_kv, top=top)
+    check_lse(lse, q.shape[:3])
+    blocks = num_blocks(k.shape[1], block_kv)
+    if top > blocks:
+        raise ValueError(f"{top=} must be at most the {blocks} key blocks")
+    return _dispatch(
+        "block_mass",
+        implementation,
+        q,
+        k,
+        lse,
+        block_q=block_q,
+        block_kv=block_kv,
+        top=top,
+        kv_length=kv_length,
+        scale=scale,
     )
 
 

@@ -21,6 +21,21 @@ class BlockIndex(NamedTuple):
     count: Int[Array, "B N I"]
 
 
+class BlockMass(NamedTuple):
+    """For every query block, the key blocks that hold most of its attention.
+
+    Attributes:
+        ids: int32 [B, N, I, top], key block numbers, the heaviest first; of equals the first.
+        mass: f32 [B, N, I, top], their softmax weights summed over the block's queries and keys.
+        total: f32 [B, N, I], the mass of all key blocks: the valid queries of the block, where the
+            log-sum-exp is the queries' own.
+    """
+
+    ids: Int[Array, "B N I top"]
+    mass: Float[Array, "B N I top"]
+    total: Float[Array, "B N I"]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockStatistics:

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pasa_jax.pallas_kernels.blocks import (
     BlockIndex,
+    BlockMass,
     BlockStatistics,
     block_lengths,
     num_blocks,
@@ -154,6 +155,33 @@ def block_sparse_attention(
     out = out / jnp.where(mass == 0, 1, mass)  # nothing kept: 0, and lse = -inf
     out = jnp.moveaxis(out, 1, 2).astype(q.dtype)
     return (out, jnp.moveaxis(top + jnp.log(mass), 1, 2)[..., 0]) if return_lse else out
+
+
+def block_mass(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    lse: Float[Array, "B T N"],
+    *,
+    block_q: int,
+    block_kv: int,
+    top: int,
+    kv_length: Int[Array, " B"] | None = None,
+    scale: float | None = None,
+) -> BlockMass:
+    """See `api.block_mass`; holds every token's weights."""
+    b, t, n, h = q.shape
+    s = k.shape[1]
+    scale = h**-0.5 if scale is None else scale
+    wide_q, wide_k, wide_lse = _wide(q, k, jnp.moveaxis(lse, 1, 2)[..., None])
+    scores = jnp.einsum("btnh,bsnh->bnts", wide_q, wide_k) * scale
+    weights = jnp.exp(scores - jnp.where(jnp.isneginf(wide_lse), jnp.inf, wide_lse))
+    valid = _valid_tokens(s, block_kv, kv_length, b)[:, None, None, :]
+    weights = jnp.where(valid, weights, 0)
+    i, j = num_blocks(t, block_q), num_blocks(s, block_kv)
+    weights = jnp.pad(weights, ((0, 0), (0, 0), (0, i * block_q - t), (0, j * block_kv - s)))
+    mass = weights.reshape(b, n, i, block_q, j, block_kv).sum(axis=(3, 5))
+    ids = jnp.argsort(-mass, axis=-1, stable=True)[..., :top].astype(jnp.int32)
+    return BlockMass(ids, jnp.take_along_axis(mass, ids, axis=-1), mass.sum(axis=-1))
 
 
 def dense_attention(

@@ -10,10 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pasa_jax.pallas_kernels.blocks import (
     BlockIndex,
+    BlockMass,
     BlockStatistics,
     accumulation_dtype,
     block_lengths,
     group_count,
+    num_blocks,
 )
 
 # Scores held at once, in elements: small enough for a core's cache, large enough that XLA:CPU
@@ -315,6 +317,68 @@ def block_sparse_attention(
     carry = jnp.zeros_like(q), jnp.zeros(q.shape[:3], dtype)
     out, lse = lax.fori_loop(0, b * n, one_head, carry)
     return (out[:, :t], lse[:, :t]) if return_lse else out[:, :t]
+
+
+def _mass_rows(q: Array, lse: Array, k: Array, inside: Array, block_q: int) -> Array:
+    """Mass [R, J] of query blocks q [R · block_q, H], scaled; k [pieces, J of one, block, H]."""
+
+    def piece(_: None, piece: tuple[Array, Array]) -> tuple[None, Array]:
+        k, inside = piece
+        blocks, size, h = k.shape
+        weights = jnp.exp(q @ k.reshape(-1, h).T - lse[:, None])
+        weights = jnp.where(inside.reshape(1, -1), weights, 0)
+        return None, weights.reshape(-1, block_q, blocks, size).sum(axis=(1, 3))
+
+    _, mass = lax.scan(piece, None, (k, inside))  # [pieces, R, J of a piece]
+    return jnp.moveaxis(mass, 0, 1).reshape(mass.shape[1], -1)
+
+
+def block_mass(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    lse: Float[Array, "B T N"],
+    *,
+    block_q: int,
+    block_kv: int,
+    top: int,
+    kv_length: Int[Array, " B"] | None = None,
+    scale: float | None = None,
+) -> BlockMass:
+    """See `api.block_mass`. Holds the masses of a few query blocks of one head at a time."""
+    b, t, n, h = q.shape
+    dtype = accumulation_dtype(q.dtype)
+    scale = jnp.asarray(h**-0.5 if scale is None else scale, dtype)
+    lengths = block_lengths(k.shape[1], block_kv, kv_length, b)
+    query_blocks, blocks = num_blocks(t, block_q), lengths.shape[1]
+    rows = _balanced(query_blocks, TILE_QUERIES // block_q)
+    wide = _balanced(blocks, DENSE_KEYS // block_kv)
+    tiles, pieces = -(-query_blocks // rows), -(-blocks // wide)
+    # A row that saw no key has log-sum-exp -inf, and no mass; nor has one beyond T.
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse.astype(dtype))
+    beyond = ((0, 0), (0, tiles * rows * block_q - t), (0, 0))
+    lse = jnp.pad(lse, beyond, constant_values=jnp.inf)
+    q = _pad_axis(q, 1, tiles * rows * block_q)
+    lengths = _pad_axis(lengths, 1, pieces * wide)
+
+    def head(i: Array) -> BlockMass:
+        bi, ni = i // n, i % n
+        inside = jnp.arange(block_kv, dtype=jnp.int32)[None, :] < lengths[bi][:, None]
+        keys = _pad_axis(_take_head(k, bi, ni, dtype), 0, pieces * wide * block_kv)
+        keys = keys.reshape(pieces, wide, block_kv, h)
+        inside = inside.reshape(pieces, wide, block_kv)
+        queries = _take_head(q, bi, ni, dtype).reshape(tiles, rows * block_q, h) * scale
+        own = _slice(lse, (bi, 0, ni), (1, lse.shape[1], 1)).reshape(tiles, rows * block_q)
+
+        def tile(piece: tuple[Array, Array]) -> BlockMass:
+            mass = _mass_rows(*piece, keys, inside, block_q)[:, :blocks]
+            best, ids = lax.top_k(mass, top)
+            return BlockMass(ids, best, mass.sum(axis=1))
+
+        found = lax.map(tile, (queries, own))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:query_blocks], found)
+
+    found = lax.map(head, jnp.arange(b * n, dtype=jnp.int32))
+    return jax.tree.map(lambda x: x.reshape(b, n, *x.shape[1:]), found)
 
 
 def _dense_rows(q: Array, k: Array, v: Array, inside: Array) -> tuple[Array, Array]:

@@ -9,11 +9,12 @@ import pytest
 
 from pasa_jax.pallas_kernels import BlockIndex, api, num_blocks, reference, xla
 
-STATIC = ("block_q", "block_kv", "group", "order", "scale", "return_lse", "implementation")
+STATIC = ("block_q", "block_kv", "group", "order", "scale", "return_lse", "top", "implementation")
 OPERATIONS = (
     "block_sparse_attention",
     "block_statistics",
     "block_covariance_norm",
+    "block_mass",
     "dense_attention",
 )
 
