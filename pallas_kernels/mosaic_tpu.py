@@ -25,7 +25,7 @@ KEY_BLOCKS = (64, 128)
 # Keys a chunk: two chunks a loop body hide one's softmax behind the other's products.
 CHUNK_KEYS = 2048
 # Block means a step of the tail, in tiles of 128; the steps are unrolled.
-TAIL_TILES = 4
+TAIL_TILES = 5
 # Words before a row's ids: its count, and the end of the valid keys.
 HEADER = 2
 # exp2 of a masked score is exactly 0 even where no key was seen: the maximum starts above it.
@@ -350,6 +350,10 @@ def _specs(config: _Config, k: Array, rows: Array, tail: tuple[Any, ...]) -> tup
     return row, query, whole(k), whole(k), jax.tree.map(whole, tail)
 
 
+def _in_hbm(x: Array) -> Array:
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
 def _call(
     config: _Config,
     q: Array,
@@ -392,6 +396,9 @@ def _call(
         ),
         interpret=interpret,
     )
+    if not interpret:
+        # Few heads would fit VMEM whole, and XLA would move them there, beside the kernel's own.
+        k, v, tail = jax.tree.map(_in_hbm, (k, v, tail))
     return kernel(rows, q, k, v, tail)
 
 
