@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pasa_jax.pallas_kernels import xla
@@ -61,6 +62,38 @@ def check_blocks(blocks: BlockIndex, shape: tuple[int, int, int]) -> None:
         raise ValueError(f"{count.shape=} must be [B, N, I] = {shape}")
     if ids.dtype != jnp.int32 or count.dtype != jnp.int32:
         raise ValueError(f"{ids.dtype=} and {count.dtype=} must be int32")
+
+
+def check_lists(blocks: BlockIndex, key_blocks: int) -> None:
+    """Looks into block lists, which the operations themselves never do: a check for debugging.
+
+    Inside the operations lists are data: a count above L reads L entries, an id out of range reads
+    another key block or none, and nothing is read out of bounds.
+
+    Args:
+        blocks: concrete lists, outside jit.
+        key_blocks: J.
+
+    Raises:
+        ValueError: a count outside [0, L], or among a row's first `count` ids one outside [0, J)
+            or one that stands twice; the message names the first such row.
+    """
+    ids, count = (np.asarray(x) for x in blocks)
+    slots = ids.shape[-1]
+
+    def refuse(bad: np.ndarray, rule: str) -> None:
+        if bad.any():
+            row = tuple(int(i) for i in np.argwhere(bad)[0])
+            told = f"count={count[row]}, ids={ids[row][: max(0, count[row])].tolist()}"
+            raise ValueError(f"row {row} has {told}: {rule}")
+
+    refuse((count < 0) | (count > slots), f"a count must be from 0 to {slots}")
+    live = np.arange(slots) < count[..., None]
+    outside = (ids < 0) | (ids >= key_blocks)
+    refuse((outside & live).any(axis=-1), f"ids must be from 0 to {key_blocks - 1}")
+    # Dead entries become distinct negative numbers, so that only live ones can repeat.
+    told = np.sort(np.where(live, ids, -1 - np.arange(slots)), axis=-1)
+    refuse((np.diff(told, axis=-1) == 0).any(axis=-1), "an id must stand only once")
 
 
 def check_lse(lse: jax.Array, shape: tuple[int, int, int]) -> None:
@@ -274,7 +307,7 @@ def block_sparse_attention(
         q, k, v: projected tokens after rotation, all of one dtype. T and S need not be multiples of
             the block sizes, and need not be equal.
         blocks: distinct key blocks of each query block; I = ceil(T / block_q). Ids beyond `count`
-            may hold anything. A count of 0 is legal.
+            may hold anything. A count of 0 is legal. `check_lists` looks for bad ones.
         block_q, block_kv: tokens per query block and per key block.
         tail: statistics of all key blocks (`block_statistics` with the same block_kv and
             kv_length); blocks not listed are then replaced by their Taylor expansion. None drops

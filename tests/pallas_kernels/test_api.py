@@ -58,6 +58,30 @@ def test_bad_blocks(ids, count, message):
         api.block_sparse_attention(X, X, X, BlockIndex(ids, count), block_q=4, block_kv=4)
 
 
+@pytest.mark.parametrize(
+    ("ids", "count", "message"),
+    [
+        ([1, 0], 3, r"row \(0, 1, 2\) has count=3, ids=\[1, 0\]: a count must be from 0 to 2"),
+        ([1, 0], -1, r"count=-1, ids=\[\]: a count must be from 0 to 2"),
+        ([1, 3], 2, r"ids=\[1, 3\]: ids must be from 0 to 2"),
+        ([-1, 0], 1, r"ids=\[-1\]: ids must be from 0 to 2"),
+        ([2, 2], 2, r"ids=\[2, 2\]: an id must stand only once"),
+    ],
+)
+def test_lists_looked_into(ids, count, message):
+    api.check_lists(BlockIndex(IDS, COUNT), 3)  # all counts 0: the ids do not matter
+    blocks = BlockIndex(IDS.at[0, 1, 2].set(jnp.asarray(ids)), COUNT.at[0, 1, 2].set(count))
+    with pytest.raises(ValueError, match=message):
+        api.check_lists(blocks, 3)
+
+
+def test_bad_lists_read_nothing_out_of_bounds():
+    k = jnp.arange(12.0).reshape(1, 12, 1, 1)
+    wild = BlockIndex(jnp.full((1, 1, 3, 2), 99, jnp.int32), jnp.full((1, 1, 3), 7, jnp.int32))
+    out = api.block_sparse_attention(k, k, k, wild, block_q=4, block_kv=4)
+    assert jnp.isfinite(out).all()
+
+
 def statistics(blocks=3, groups=1, group=8):
     means = jnp.zeros((2, 3, blocks, 4))
     length = jnp.zeros((2, blocks), jnp.int32)
