@@ -24,9 +24,13 @@ HEAD_DIM = 256  # the largest; wider accumulators do not fit the registers
 SMALLEST_TILE = 16  # Triton's matrix product takes no fewer rows or columns
 TILE_QUERIES = 128
 TILE_KEYS = 64
-# Two of each are in flight beside the queries: together they fit Ampere's 164 KiB.
+# Of keys, values and matrices two are in flight: with the queries they fit Ampere's 164 KiB.
+QUERY_BYTES = 32 * 1024
 KEY_BYTES = 16 * 1024
 MATRIX_BYTES = 32 * 1024
+TWO_STAGE_BYTES = 256  # wider rows leave no memory for a second stage
+# A float32 product holds several parts of each operand, so its rows count as wider by this.
+FLOAT32_PARTS = 2
 LOG2_E = math.log2(math.e)
 
 
@@ -102,12 +106,12 @@ def _load(
     ref: Any,
     rows: tuple[Array | int, int],
     end: Array | int | None,
-    columns: tuple[int, int],
+    columns: tuple[Array | int, int],
     head_dim: int,
 ) -> Array:
     """Rows and columns of `ref`, each (start, size): zeros from row `end`, column `head_dim` on."""
     mask = None if end is None else _within(*rows, end)[:, None]
-    if sum(columns) > head_dim:
+    if head_dim != ref.shape[1]:
         inside = _within(*columns, head_dim)[None, :]
         mask = inside if mask is None else mask & inside
     ref = ref.at[pl.ds(*rows), pl.ds(*columns)]
@@ -161,13 +165,18 @@ def _add_matrix(
     g: Array, state: _State, mass: Array, queries: _Queries, ref: Any, config: _Config
 ) -> _State:
     """Adds a group's first order, so many rows of its matrix at a time as the memory holds."""
-    out, size, wide = state.out, config.matrix_rows, queries.q.shape[1]
-    for start in range(0, wide, size):
-        part = queries.q if size == wide else queries.take(columns=(start, size))
+    size, wide = config.matrix_rows, queries.q.shape[1]
+
+    def piece(i: Array | int, out: Array) -> Array:
+        part = queries.q if size == wide else queries.take(columns=(i * size, size))
         # The mass folded into the queries lets the product run straight into the output.
         weighted = (part.astype(jnp.float32) * mass[:, None]).astype(part.dtype)
-        out = out + _dot(weighted, ref[g, pl.ds(start, size), :], config)
-    return state._replace(out=out)
+        return out + _dot(weighted, ref[g, pl.ds(i * size, size), :], config)
+
+    if size == wide:
+        return state._replace(out=piece(0, state.out))
+    # A loop, because unrolled pieces are all loaded before the first is used, and spill.
+    return state._replace(out=lax.fori_loop(0, wide // size, piece, state.out))
 
 
 def _add_tail(state: _State, queries: _Queries, refs: _Columns, config: _Config) -> _State:
@@ -338,9 +347,9 @@ def _attend(
     s = k.shape[1]
     _refuse(q.dtype, h, block_q, block_kv)
     wide = _power_of_two(h)
-    row_bytes = wide * q.dtype.itemsize
-    tile = math.gcd(block_q, TILE_QUERIES)
-    tile_keys = math.gcd(block_kv, min(TILE_KEYS, KEY_BYTES // row_bytes))
+    row_bytes = wide * q.dtype.itemsize * (FLOAT32_PARTS if q.dtype == jnp.float32 else 1)
+    tile = math.gcd(block_q, min(TILE_QUERIES, QUERY_BYTES // row_bytes))
+    tile_keys = math.gcd(block_kv, max(SMALLEST_TILE, min(TILE_KEYS, KEY_BYTES // row_bytes)))
     exact = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     config = _Config(
         t=t,
@@ -359,6 +368,7 @@ def _attend(
     operands = [] if columns is None else [x for x in columns if x is not None]
     in_specs, out_specs = _specs(config, tile, block_q // tile, wide, columns)
     small = tile * wide <= 64 * 128 and tile <= 64
+    stages = 2 if row_bytes <= TWO_STAGE_BYTES else 1
     call = pl.pallas_call(
         functools.partial(_kernel, config=config),
         grid=(num_blocks(t, tile), n, b),  # neighbours in time share a head's keys
@@ -368,7 +378,7 @@ def _attend(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
         ],
-        compiler_params=pltriton.CompilerParams(num_warps=4 if small else 8, num_stages=2),
+        compiler_params=pltriton.CompilerParams(num_warps=4 if small else 8, num_stages=stages),
         interpret=interpret,
         name="block_sparse_attention",
     )
