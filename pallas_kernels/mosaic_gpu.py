@@ -276,6 +276,13 @@ def _free_slot(scratch: _Scratch, item, config: _Config):
     return slot
 
 
+def _release(scratch: _Scratch, slot, config: _Config):
+    """Gives a slot back to the copying warpgroup."""
+    if config.simulated:
+        plgpu.commit_smem()  # plain reads, unlike WGMMA's, are not ordered before a later copy
+    plgpu.barrier_arrive(scratch.free.at[slot])
+
+
 def _drain(scratch: _Scratch, items, config: _Config):
     """Sees the last slots freed, so that no barrier is left before its end."""
 
@@ -312,7 +319,7 @@ def _attend_blocks(refs, scratch, q_smem, state, at, config: _Config) -> _State:
         weights = weights.astype(config.dtype)
         plgpu.barrier_wait(scratch.v_full.at[slot])
         out = _add_products(state.out, [(weights, scratch.v_smem.at[slot])], config)
-        plgpu.barrier_arrive(scratch.free.at[slot])
+        _release(scratch, slot, config)
         return state._replace(out=out), block
 
     block = _block_id(refs, at, 0, config) if config.ragged else jnp.int32(0)
@@ -345,7 +352,7 @@ def _attend_tile(scratch, q_smem, state, shares, tile, item, config: _Config):
     weights = weights.astype(config.dtype)
     plgpu.barrier_wait(scratch.v_full.at[slot])
     out = _add_products(state.out, [(weights, scratch.v_smem.at[slot, rows])], config)
-    plgpu.barrier_arrive(scratch.free.at[slot])
+    _release(scratch, slot, config)
     return state._replace(out=out), shares
 
 
@@ -363,7 +370,7 @@ def _add_first_order(scratch, q_smem, out, share, item, config: _Config):
     for full in (scratch.k_full, scratch.v_full)[: len(halves)]:
         plgpu.barrier_wait(full.at[slot])
     out = _add_products(out, pairs, config)
-    plgpu.barrier_arrive(scratch.free.at[slot])
+    _release(scratch, slot, config)
     return out
 
 
