@@ -100,9 +100,10 @@ def test_nan_stays_in_dropped_blocks_and_in_padding(kernel, truth, problem):
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_maximum_rises_in_the_tail(kernel, truth, problem, order):
-    q, k, v, blocks = problem(64, 450, 64, 64, 2, n=1, h=64)
-    q = jnp.abs(q)  # block j scores about 3·j: the lists hold the two lowest
-    rise = jnp.arange(450, dtype=jnp.float32) // 64 * 0.25
+    q, k, v, blocks = problem(64, 8517, 64, 64, 2, b=1, n=1, h=64)
+    # Block j scores about 0.025·j: lists hold the lowest, the second tile of means the highest.
+    q = jnp.abs(q)
+    rise = jnp.arange(8517, dtype=jnp.float32) // 64 * 0.002
     k = 0.1 * k + rise[None, :, None, None]
     blocks = BlockIndex(jnp.zeros_like(blocks.ids).at[..., 1].set(1), blocks.count * 0 + 2)
     tail = truth.block_statistics(k, v, block_kv=64, group=32)
