@@ -77,6 +77,23 @@ def group_count(blocks: int, group: int) -> int:
     return -(-blocks // group)
 
 
+def pad_axis(x: Array, axis: int, size: int, value: int = 0) -> Array:
+    """`value` at the end of `axis`, up to `size`; no copy when it already has that size."""
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def group_tokens(length: Int[Array, "B J"], group: int) -> Int[Array, "B G"]:
+    """Valid tokens of each group of blocks, T_g; at least 1, as it divides."""
+    batch, blocks = length.shape
+    size, groups = min(group, blocks), group_count(blocks, group)
+    padded = pad_axis(length, 1, groups * size)
+    return jnp.maximum(padded.reshape(batch, groups, size).sum(axis=2), 1)
+
+
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The type sums and softmax run in: float32, or float64 for float64 input."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -13,7 +13,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pasa_jax.pallas_kernels.blocks import BlockIndex, BlockStatistics, num_blocks
+from pasa_jax.pallas_kernels.blocks import (
+    BlockIndex,
+    BlockStatistics,
+    group_tokens,
+    num_blocks,
+    pad_axis,
+)
 
 # By (block_q, block_kv): slots of the ring. They change speed, never numbers.
 STAGES = {(64, 64): 2, (128, 64): 3, (128, 128): 2}
@@ -489,9 +495,7 @@ def _run(operands: _Operands, config: _Config, return_lse: bool, interpret: Any)
 
 def _pad(x: Array, axis: int, multiple: int) -> Array:
     """Zeros at the end of `axis` up to a multiple; no copy where it is one already."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, widths) if widths[axis][1] else x
+    return pad_axis(x, axis, num_blocks(x.shape[axis], multiple) * multiple)
 
 
 def _plan_tail(group: int, key_blocks: int, order: int) -> _Tail:
@@ -522,13 +526,11 @@ def _skipped_words(blocks: BlockIndex, length: Array, config: _Config) -> Int[Ar
 def _tail_operands(blocks: BlockIndex, tail: BlockStatistics, config: _Config) -> dict[str, Array]:
     """The statistics as the kernel's product operands, rounded to its type once."""
     plan, length = config.tail, tail.length
-    b, n, j, h = tail.key_mean.shape
+    b, n, _, h = tail.key_mean.shape
     size = jnp.maximum(length, 1).astype(jnp.float32)  # [B, J]
     value_mean = tail.value_sum.astype(jnp.float32) / size[:, None, :, None]
     means = (_pad(x.astype(config.dtype), 2, plan.columns) for x in (tail.key_mean, value_mean))
-    groups = tail.covariance.shape[2]
-    tokens = _pad(length, 1, groups * min(tail.group, j)).reshape(b, groups, -1).sum(axis=2)
-    factor = config.scale * plan.group / jnp.maximum(tokens, 1).astype(jnp.float32)
+    factor = config.scale * plan.group / group_tokens(length, tail.group).astype(jnp.float32)
     matrices = tail.covariance.astype(jnp.float32) * factor[:, None, :, None, None]
     matrices = _pad(matrices.astype(config.dtype), 2, plan.spans * plan.parts)
     key_mean, value_mean = means

@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 from pasa_jax.pallas_kernels.blocks import (
     BlockIndex,
     BlockStatistics,
+    group_tokens,
     num_blocks,
+    pad_axis,
 )
 
 LANES = 128
@@ -224,19 +226,12 @@ def _kernel(
         ref[...] = lse.T[:1]
 
 
-def _pad(x: Array, axis: int, size: int) -> Array:
-    """Zeros at the end of `axis`, up to `size`."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths) if any(after for _, after in widths) else x
-
-
 def _heads(x: Array, end: Array | None, tokens: int) -> Array:
     """x [B, S, N, H] as [B, N, tokens, H], 0 from `end` on: a weight of 0 silences no NaN."""
     if end is not None:
         inside = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < end[:, None]
         x = jnp.where(inside[:, :, None, None], x, 0)
-    return _pad(jnp.swapaxes(x, 1, 2), 2, tokens)
+    return pad_axis(jnp.swapaxes(x, 1, 2), 2, tokens)
 
 
 def _rows(blocks: BlockIndex, end: Array, key_blocks: int, slots: int) -> Array:
@@ -246,7 +241,7 @@ def _rows(blocks: BlockIndex, end: Array, key_blocks: int, slots: int) -> Array:
     """
     b, n, i, most = blocks.ids.shape
     count = jnp.clip(blocks.count, 0, most)[..., None]
-    ids = jnp.clip(_pad(blocks.ids, 3, slots), 0, key_blocks - 1)
+    ids = jnp.clip(pad_axis(blocks.ids, 3, slots), 0, key_blocks - 1)
     live = jnp.arange(slots, dtype=jnp.int32)[None, None, None, :] < count
     ids = jnp.where(live, ids, ids[..., :1])
     end = jnp.broadcast_to(end.astype(jnp.int32)[:, None, None, None], (b, n, i, 1))
@@ -257,18 +252,16 @@ def _tail_operands(tail: BlockStatistics, order: int, dtype: jnp.dtype) -> tuple
     """The statistics as `_Tail` wants them, with the blocks padded to whole tiles."""
     blocks = tail.key_mean.shape[2]
     padded = num_blocks(blocks, LANES) * LANES
-    mean = _pad(tail.key_mean, 2, padded).astype(dtype)
-    value = jnp.swapaxes(_pad(tail.value_sum, 2, padded), 2, 3).astype(dtype)
+    mean = pad_axis(tail.key_mean, 2, padded).astype(dtype)
+    value = jnp.swapaxes(pad_axis(tail.value_sum, 2, padded), 2, 3).astype(dtype)
     # Whole numbers up to 128 are exact in bfloat16.
-    length = _pad(tail.length, 1, padded)[..., None].astype(jnp.bfloat16)
+    length = pad_axis(tail.length, 1, padded)[..., None].astype(jnp.bfloat16)
     operands = (mean, value, jnp.broadcast_to(length, (*length.shape[:2], LANES)))
     if order == 0:
         return operands
-    groups = tail.covariance.shape[2]
-    size = min(tail.group, blocks)
-    tokens = _pad(tail.length, 1, groups * size).reshape(-1, groups, size).sum(axis=2)
+    tokens = group_tokens(tail.length, tail.group).astype(jnp.float32)
     # The kernel's q holds log2(e) for exp2.
-    tokens = jnp.maximum(tokens, 1).astype(jnp.float32)[:, None, :, None, None] * LOG2E
+    tokens = tokens[:, None, :, None, None] * LOG2E
     return (*operands, (jnp.swapaxes(tail.covariance, 3, 4) / tokens).astype(dtype))
 
 
@@ -456,7 +449,7 @@ def block_sparse_attention(
     slots = num_blocks(blocks.ids.shape[3], 2 * config.slots) * 2 * config.slots
     out, *lse = _call(
         config,
-        _pad(jnp.swapaxes(q, 1, 2), 2, max(t, block_q)),
+        pad_axis(jnp.swapaxes(q, 1, 2), 2, max(t, block_q)),
         *(_heads(x, kv_length, count * block_kv) for x in (k, v)),
         _rows(blocks, jnp.minimum(end, k.shape[1]), count, slots),
         () if tail is None else _tail_operands(tail, order, q.dtype),

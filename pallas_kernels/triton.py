@@ -16,7 +16,9 @@ from pasa_jax.pallas_kernels.blocks import (
     BlockIndex,
     BlockStatistics,
     group_count,
+    group_tokens,
     num_blocks,
+    pad_axis,
 )
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -233,13 +235,6 @@ def _power_of_two(size: int) -> int:
     return max(SMALLEST_TILE, 1 << (size - 1).bit_length())
 
 
-def _fill(x: Array, axis: int, size: int, value: int = 0) -> Array:
-    """`value` at the end of `axis`, up to `size`."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=value) if x.shape[axis] != size else x
-
-
 def _skipped(blocks: BlockIndex, length: Int[Array, "B J"]) -> Array:
     """bool [B, N, I, J], whether the tail leaves a block out: it is listed, or has no token."""
     b, n, i, slots = blocks.ids.shape
@@ -253,9 +248,9 @@ def _skipped(blocks: BlockIndex, length: Int[Array, "B J"]) -> Array:
 
 def _cut(x: Array, axis: int, c: _Config, value: int = 0) -> Array:
     """Fills every group along `axis` up to whole steps of the tail, with `value`."""
-    x = _fill(x, axis, c.groups * c.group, value)
+    x = pad_axis(x, axis, c.groups * c.group, value)
     x = x.reshape(*x.shape[:axis], c.groups, c.group, *x.shape[axis + 1 :])
-    x = _fill(x, axis + 1, c.chunks * c.columns, value)
+    x = pad_axis(x, axis + 1, c.chunks * c.columns, value)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
@@ -264,16 +259,16 @@ def _columns(tail: BlockStatistics, blocks: BlockIndex, dtype: jnp.dtype, c: _Co
     wide = _power_of_two(c.head_dim)
     size = jnp.maximum(tail.length, 1).astype(jnp.float32)  # [B, J]
     mean, value = (
-        _fill(_cut(x.astype(dtype), 2, c), 3, wide)
+        pad_axis(_cut(x.astype(dtype), 2, c), 3, wide)
         for x in (tail.key_mean, tail.value_sum / size[:, None, :, None])
     )
     log_length = _cut(jnp.log2(size), 1, c)
     skip = _cut(_skipped(blocks, tail.length).astype(jnp.int8), 3, c, 1)
     if c.matrix_rows == 0:
         return _Columns(mean, value, log_length, skip, None)
-    tokens = _fill(tail.length, 1, c.groups * c.group).reshape(-1, c.groups, c.group).sum(axis=2)
-    share = c.scale / jnp.maximum(tokens, 1).astype(jnp.float32)[:, None, :, None, None]
-    matrix = _fill(_fill(tail.covariance * share, 3, wide), 4, wide).astype(dtype)
+    tokens = group_tokens(tail.length, tail.group).astype(jnp.float32)
+    share = c.scale / tokens[:, None, :, None, None]
+    matrix = pad_axis(pad_axis(tail.covariance * share, 3, wide), 4, wide).astype(dtype)
     return _Columns(mean, value, log_length, skip, matrix)
 
 

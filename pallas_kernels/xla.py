@@ -15,7 +15,9 @@ from pasa_jax.pallas_kernels.blocks import (
     accumulation_dtype,
     block_lengths,
     group_count,
+    group_tokens,
     num_blocks,
+    pad_axis,
 )
 
 # Scores held at once, in elements: small enough for a core's cache, large enough that XLA:CPU
@@ -63,15 +65,6 @@ def _finish(state: _Softmax) -> tuple[Array, Array]:
     """Normalised output and log-sum-exp; 0 and -inf for a row that saw no key."""
     out = state.out / jnp.where(state.mass == 0, 1, state.mass)[..., None]
     return out, jnp.where(state.mass == 0, -jnp.inf, state.top + jnp.log(state.mass))
-
-
-def _pad_axis(x: Array, axis: int, size: int) -> Array:
-    """Zeros at the end of `axis`, up to `size`; no copy when it already has that size."""
-    if x.shape[axis] == size:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths)
 
 
 def _at(start: Sequence[Array | int]) -> list[Array]:
@@ -193,14 +186,14 @@ def _tail_head(tail: BlockStatistics, b: Array, n: Array, dtype: jnp.dtype) -> _
         _slice(x, (b, n, *(0,) * (x.ndim - 2)), (1, 1, *x.shape[2:]))[0, 0].astype(dtype)
         for x in (tail.key_mean, tail.value_sum, tail.covariance)
     )
-    length = _pad_axis(tail.length[b], 0, steps * wide * size).reshape(steps, wide, size)
+    length = pad_axis(tail.length[b], 0, steps * wide * size).reshape(steps, wide, size)
     length = length.astype(dtype)
     total = jnp.maximum(length.sum(axis=2), 1).reshape(-1)[:groups]
-    matrix = _pad_axis(matrix / total[:, None, None], 0, steps * wide)
+    matrix = pad_axis(matrix / total[:, None, None], 0, steps * wide)
     own = jnp.eye(wide, dtype=dtype)[None, :, None, :]
     return _TailHead(
-        _pad_axis(mean, 0, steps * wide * size).reshape(steps, wide * size, h),
-        _pad_axis(value, 0, steps * wide * size).reshape(steps, wide * size, h),
+        pad_axis(mean, 0, steps * wide * size).reshape(steps, wide * size, h),
+        pad_axis(value, 0, steps * wide * size).reshape(steps, wide * size, h),
         (length > 0).reshape(steps, wide * size),
         (length[..., None] * own).reshape(steps, wide * size, wide),
         matrix.reshape(steps, wide * h, h),
@@ -214,7 +207,7 @@ def _add_tail(state: _Softmax, q: Array, listed: Array, tail: _TailHead, order: 
     """
     rows, blocks = listed.shape
     steps, columns = tail.live.shape
-    free = _pad_axis(~listed, 1, steps * columns).reshape(rows, steps, columns)
+    free = pad_axis(~listed, 1, steps * columns).reshape(rows, steps, columns)
 
     def step(state: _Softmax, piece: tuple[_TailHead, Array]) -> tuple[_Softmax, None]:
         part, free = piece
@@ -249,8 +242,8 @@ def _take_head(x: Array, b: Array, n: Array, dtype: jnp.dtype) -> Array:
 def _cut_head(k: Array, v: Array, length: Array, block: int, tail: _TailHead | None) -> _Head:
     """Cuts one head's k, v [S, H] into blocks; `length` [J] are their valid tokens."""
     blocks = length.shape[0]
-    inside = jnp.arange(block, dtype=jnp.int32)[None, :] < _pad_axis(length, 0, blocks + 1)[:, None]
-    k, v = (_pad_axis(x, 0, (blocks + 1) * block).reshape(-1, block, x.shape[1]) for x in (k, v))
+    inside = jnp.arange(block, dtype=jnp.int32)[None, :] < pad_axis(length, 0, blocks + 1)[:, None]
+    k, v = (pad_axis(x, 0, (blocks + 1) * block).reshape(-1, block, x.shape[1]) for x in (k, v))
     k, v = _repeat_valid(k, v, inside)
     return _Head(k, v, inside.astype(k.dtype), length, tail)
 
@@ -292,9 +285,9 @@ def block_sparse_attention(
     chunks = (4 * few, few)
     rows = _balanced(query_blocks, TILE_QUERIES // block_q)
     tiles = -(-query_blocks // rows)
-    q = _pad_axis(q, 1, tiles * rows * block_q)
-    ids = _pad_axis(_pad_axis(blocks.ids, 2, tiles * rows), 3, max(4 * few, -(-slots // few) * few))
-    count = _pad_axis(jnp.minimum(blocks.count, slots), 2, tiles * rows)
+    q = pad_axis(q, 1, tiles * rows * block_q)
+    ids = pad_axis(pad_axis(blocks.ids, 2, tiles * rows), 3, max(4 * few, -(-slots // few) * few))
+    count = pad_axis(jnp.minimum(blocks.count, slots), 2, tiles * rows)
 
     def one_tile(i: Array, bi: Array, ni: Array, head: _Head, carry: tuple[Array, Array]):
         at = (bi, i * rows * block_q, ni, 0)
@@ -357,13 +350,13 @@ def block_mass(
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse.astype(dtype))
     beyond = ((0, 0), (0, tiles * rows * block_q - t), (0, 0))
     lse = jnp.pad(lse, beyond, constant_values=jnp.inf)
-    q = _pad_axis(q, 1, tiles * rows * block_q)
-    lengths = _pad_axis(lengths, 1, pieces * wide)
+    q = pad_axis(q, 1, tiles * rows * block_q)
+    lengths = pad_axis(lengths, 1, pieces * wide)
 
     def head(i: Array) -> BlockMass:
         bi, ni = i // n, i % n
         inside = jnp.arange(block_kv, dtype=jnp.int32)[None, :] < lengths[bi][:, None]
-        keys = _pad_axis(_take_head(k, bi, ni, dtype), 0, pieces * wide * block_kv)
+        keys = pad_axis(_take_head(k, bi, ni, dtype), 0, pieces * wide * block_kv)
         keys = keys.reshape(pieces, wide, block_kv, h)
         inside = inside.reshape(pieces, wide, block_kv)
         queries = _take_head(q, bi, ni, dtype).reshape(tiles, rows * block_q, h) * scale
@@ -399,10 +392,10 @@ def _dense_head(q: Array, k: Array, v: Array, end: Array) -> tuple[Array, Array]
     rows, keys = _balanced(t, DENSE_QUERIES), _balanced(k.shape[0], DENSE_KEYS)
     tiles, pieces = -(-t // rows), -(-k.shape[0] // keys)
     inside = jnp.arange(pieces * keys, dtype=jnp.int32) < end
-    k, v = _repeat_valid(*(_pad_axis(x, 0, pieces * keys)[None] for x in (k, v)), inside[None])
+    k, v = _repeat_valid(*(pad_axis(x, 0, pieces * keys)[None] for x in (k, v)), inside[None])
     inside = inside.astype(q.dtype).reshape(pieces, keys)
     k, v = (x.reshape(pieces, keys, h) for x in (k, v))
-    q = _pad_axis(q, 0, tiles * rows).reshape(tiles, rows, h)
+    q = pad_axis(q, 0, tiles * rows).reshape(tiles, rows, h)
     # The checkpoint keeps the gradient from storing every tile's weights, which is T×S again.
     out, lse = lax.map(jax.checkpoint(lambda rows: _dense_rows(rows, k, v, inside)), q)
     return out.reshape(-1, h)[:t], lse.reshape(-1)[:t]
@@ -479,10 +472,10 @@ def _map_runs(
     b, _, n, h = k.shape
     dtype = accumulation_dtype(k.dtype)
     runs = group_count(lengths.shape[1], size)
-    lengths = _pad_axis(lengths, 1, runs * size).reshape(b, runs, size)
+    lengths = pad_axis(lengths, 1, runs * size).reshape(b, runs, size)
 
     def cut(x: Array, bi: Array, ni: Array) -> Array:
-        x = _pad_axis(_take_head(x, bi, ni, x.dtype), 0, runs * size * block)
+        x = pad_axis(_take_head(x, bi, ni, x.dtype), 0, runs * size * block)
         return x.reshape(runs, size, block, h)
 
     def head(i: Array) -> Any:
@@ -561,9 +554,8 @@ def block_covariance_norm(
     lengths, covariance = statistics.length, statistics.covariance
     if group >= lengths.shape[1]:
         covariance = covariance.sum(axis=2, keepdims=True)
-    groups, blocks = covariance.shape[2], lengths.shape[1]
-    tokens = _pad_axis(lengths, 1, groups * min(group, blocks)).reshape(len(lengths), groups, -1)
-    tokens = jnp.maximum(tokens.sum(axis=2), 1).astype(covariance.dtype)  # [B, G]
+    blocks = lengths.shape[1]
+    tokens = group_tokens(lengths, group).astype(covariance.dtype)
     means = covariance / tokens[:, None, :, None, None]
 
     def one(run: _Run, mean: Array) -> Array:
