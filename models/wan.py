@@ -1,7 +1,6 @@
 """Wan 2.1 text-to-video transformer (arXiv 2503.20314)."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pasa_jax.attention import Attention, attend
+from pasa_jax.attention import Attention, LayerRecord, attend, sequence_order
+from pasa_jax.grid import TokenGrid
 from pasa_jax.pallas_kernels import api
 
 ROPE_THETA = 10_000.0  # fixed in the published code
@@ -113,12 +113,12 @@ class SelfAttention(nnx.Module):
         self.norm_k = RMSNorm(dim, config.eps)
         self.num_heads = config.num_heads
 
-    def __call__(self, x, rope, attention: Attention | None, layer, state):
+    def __call__(self, x, rope, attention: Attention | None, layer, state, grid: TokenGrid):
         v = self.split(self.v(x))
         q = rotate(self.split(self.norm_q(self.q(x))), rope).astype(v.dtype)
         k = rotate(self.split(self.norm_k(self.k(x))), rope).astype(v.dtype)
-        out, state = attend(q, k, v, attention, layer=layer, state=state)
-        return self.o(rearrange(out, "b t n h -> b t (n h)")), state
+        out, record = attend(q, k, v, attention, layer=layer, state=state, grid=grid)
+        return self.o(rearrange(out, "b t n h -> b t (n h)")), record
 
     def split(self, x):
         return rearrange(x, "b t (n h) -> b t n h", n=self.num_heads)
@@ -165,16 +165,18 @@ class Block(nnx.Module):
         self.ffn_down = nnx.Linear(config.ffn_dim, dim, rngs=rngs, **dtypes)
         self.eps = config.eps
 
-    def __call__(self, x, time, text, rope, attention: Attention | None, layer, state):
+    def __call__(
+        self, x, time, text, rope, attention: Attention | None, layer, state, grid: TokenGrid
+    ):
         modulation = self.modulation.get_value()[None] + time  # [B, 6, D]
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = jnp.split(modulation, 6, axis=1)
         y = layer_norm(x, self.eps) * (1 + scale_sa) + shift_sa
-        y, state = self.self_attn(y, rope, attention, layer, state)
+        y, record = self.self_attn(y, rope, attention, layer, state, grid)
         x = x + y.astype(jnp.float32) * gate_sa
         x = x + self.cross_attn(self.norm_cross(x), text).astype(jnp.float32)
         y = layer_norm(x, self.eps) * (1 + scale_ff) + shift_ff
         y = self.ffn_down(jax.nn.gelu(self.ffn_up(y), approximate=True))
-        return x + y.astype(jnp.float32) * gate_ff, state
+        return x + y.astype(jnp.float32) * gate_ff, record
 
 
 class Wan(nnx.Module):
@@ -232,7 +234,7 @@ class Wan(nnx.Module):
         timestep: Float[Array, " B"],
         text_states: Float[Array, "B E D"],
         attention: Attention | None = None,
-    ) -> tuple[Float[Array, "B F Y X C"], Any]:
+    ) -> tuple[Float[Array, "B F Y X C"], LayerRecord]:
         """Predicts the flow-matching velocity.
 
         Args:
@@ -243,7 +245,8 @@ class Wan(nnx.Module):
             attention: policy and step of the self-attention; None runs it dense.
 
         Returns:
-            Velocity in f32, and the policy's state after this pass.
+            Velocity in f32, and the layers' records: the policy's state after this pass, and the
+            density [num_layers] of its attention.
 
         Raises:
             ValueError: sizes the patch does not divide, grids beyond the rotary table, too many
@@ -264,17 +267,23 @@ class Wan(nnx.Module):
         text = self.text_in(jnp.pad(text_states, padding))
         text = self.text_out(jax.nn.gelu(text, approximate=True))
         rope = rope_table(sizes, config.head_dim)
+        grid = TokenGrid(*sizes)
+        order = sequence_order(attention, grid)
+        if order is not None:
+            x, rope = x[:, order], tuple(table[order] for table in rope)
 
         graph, params = nnx.split(self.blocks)
 
         def body(x, scanned):
             params, layer, state = scanned
             block = nnx.merge(graph, params)
-            return block(x, modulation, text, rope, attention, layer, state)
+            return block(x, modulation, text, rope, attention, layer, state, grid)
 
         layers = jnp.arange(config.num_layers, dtype=jnp.int32)
         state = () if attention is None else attention.state
-        x, state = jax.lax.scan(body, x, (params, layers, state))
+        x, records = jax.lax.scan(body, x, (params, layers, state))
+        if order is not None:
+            x = x[:, np.argsort(order)]
 
         shift, scale = jnp.split(self.head_modulation.get_value()[None] + time[:, None], 2, axis=1)
         x = self.head(layer_norm(x, config.eps) * (1 + scale) + shift)
@@ -284,7 +293,7 @@ class Wan(nnx.Module):
             **dict(zip(("f", "y", "x"), sizes, strict=True)),
             **dict(zip(("pf", "py", "px"), config.patch, strict=True)),
         )
-        return velocity, state
+        return velocity, records
 
 
 def stack(num_layers: int, create, rngs: nnx.Rngs) -> nnx.Module:

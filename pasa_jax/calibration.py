@@ -172,7 +172,7 @@ def _from_json(record: Any) -> VelocityCurve:
     if fields["format"] != _FORMAT:
         raise ValueError(f"format={fields['format']!r} must be {_FORMAT}")
     key = _fields(fields["key"], "key", {field.name for field in dataclasses.fields(CurveKey)})
-    grid = _fields(key["grid"], "grid", {"frames", "rows", "columns"})
+    grid = _fields(key["grid"], "grid", {"frames", "rows", "columns", "text"})
     return VelocityCurve(
         CurveKey(
             model=_typed("model", key["model"], str),

@@ -1,37 +1,58 @@
-"""The grid of video tokens: its size from a video's size, and blocks of it."""
+"""The grid of video tokens: its size from a video's size, blocks of it, and orders of tokens."""
 
 import dataclasses
+
+import einops
+import numpy as np
 
 from pasa_jax.pallas_kernels import blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenGrid:
-    """Video tokens of one sequence in raster order: frames outermost, columns innermost.
+    """Video tokens of one sequence in raster order, frames outermost, columns innermost, then text.
 
     Attributes:
         frames, rows, columns: F, Y, X, counted in tokens.
+        text: E, text tokens behind the video's; 0 where text is not part of self-attention.
     """
 
     frames: int
     rows: int
     columns: int
+    text: int = 0
 
     def __post_init__(self):
         for name in ("frames", "rows", "columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1 token")
+        if self.text < 0:
+            raise ValueError(f"text={self.text} must be at least 0 tokens")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """F, Y, X."""
+        return self.frames, self.rows, self.columns
 
     @property
     def num_tokens(self) -> int:
-        """T = F · Y · X."""
+        """Video tokens, F · Y · X."""
         return self.frames * self.rows * self.columns
 
     def num_blocks(self, block: int) -> int:
-        """Blocks of `block` tokens that cover the sequence; the last one may be ragged."""
+        """Blocks of `block` tokens that cover video and text; the last one may be ragged."""
         if block < 1:
             raise ValueError(f"{block=} must be at least 1 token")
-        return blocks.num_blocks(self.num_tokens, block)
+        return blocks.num_blocks(self.num_tokens + self.text, block)
+
+    def text_blocks(self, block: int) -> np.ndarray:
+        """bool [J], whether a block of `block` tokens holds text, be it beside video."""
+        ends = np.arange(1, self.num_blocks(block) + 1) * block
+        return (ends > self.num_tokens) & (self.text > 0)
+
+    def raster(self) -> np.ndarray:
+        """int32 [F, Y, X], the video tokens' numbers."""
+        return np.arange(self.num_tokens, dtype=np.int32).reshape(self.sizes)
 
     @classmethod
     def for_video(
@@ -72,3 +93,57 @@ def _tokens(name: str, size: int, unit: int, lead: int) -> int:
         rule = f"a positive multiple of {unit}" + (f", less {lead}" if lead else "")
         raise ValueError(f"{name}={size} must be {rule}; nearest is {nearest}")
     return tokens
+
+
+def axis_order(grid: TokenGrid, axes: tuple[int, int, int]) -> np.ndarray:
+    """int32 [F·Y·X], the raster token at each place when `axes` run from slowest to fastest.
+
+    Args:
+        grid: of the video.
+        axes: a permutation of 0 (frames), 1 (rows), 2 (columns).
+    """
+    if sorted(axes) != [0, 1, 2]:
+        raise ValueError(f"{axes=} must be a permutation of (0, 1, 2)")
+    return grid.raster().transpose(axes).reshape(-1)
+
+
+def tile_order(grid: TokenGrid, tile: tuple[int, int, int]) -> np.ndarray:
+    """int32 [F·Y·X], the raster token at each place when whole tiles follow one another.
+
+    Args:
+        grid: of the video.
+        tile: frames, rows and columns of a tile, which divide the grid's; raster order in a tile
+            and among tiles.
+    """
+    for name, size, part in zip(("frames", "rows", "columns"), grid.sizes, tile, strict=True):
+        if part < 1 or size % part:
+            raise ValueError(f"{tile=} must divide the grid {grid.sizes}: {name}={size} by {part}")
+    sizes = dict(zip("tyx", tile, strict=True))
+    return einops.rearrange(grid.raster(), "(a t) (b y) (c x) -> (a b c t y x)", **sizes)
+
+
+def tile_of(grid: TokenGrid, tokens: int) -> tuple[int, int, int]:
+    """The most compact tile of `tokens` tokens that divides the grid: least sum of sides.
+
+    Raises:
+        ValueError: none does; the message names the sizes next to it that can.
+    """
+    tiles = _tiles(grid)
+    if tokens not in tiles:
+        sizes = sorted(tiles, key=lambda size: abs(size - tokens))[:4]
+        raise ValueError(
+            f"no tile of {tokens} tokens divides the grid {grid.sizes}; tiles of "
+            f"{', '.join(map(str, sorted(sizes)))} tokens do"
+        )
+    return tiles[tokens]
+
+
+def _tiles(grid: TokenGrid) -> dict[int, tuple[int, int, int]]:
+    """By number of tokens, the most compact tile that divides the grid."""
+    frames, rows, columns = ([d for d in range(1, n + 1) if n % d == 0] for n in grid.sizes)
+    found: dict[int, tuple[int, int, int]] = {}
+    for tile in ((t, y, x) for t in frames for y in rows for x in columns):
+        size = tile[0] * tile[1] * tile[2]
+        if size not in found or sum(tile) < sum(found[size]):
+            found[size] = tile
+    return found

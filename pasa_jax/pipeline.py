@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
 from pasa_jax import sampling
-from pasa_jax.attention import Attention
+from pasa_jax.attention import Attention, LayerRecord
 from pasa_jax.budget import OnlineBudget
 from pasa_jax.calibration import VelocityCurve, velocity_distance
-from pasa_jax.policies import Dense, Pasa, Policy
+from pasa_jax.policies import AttentionShape, Dense, Pasa, Policy
 from pasa_jax.settings import (
     Card,
     Settings,
@@ -50,8 +50,8 @@ class Result(NamedTuple):
         frames: RGB [P, frames, height, width, 3]; None for a model whose codec is not there.
         latents: f32 [P, F, Y, X, C], denoised.
         prompts, seeds, settings, policy: what was asked for.
-        budgets: int32 [steps], exact key blocks per query block.
-        densities: [steps], budget over key blocks; 1 in dense steps.
+        budgets: int32 [steps], exact key blocks per query block that each step was given.
+        densities: f32 [steps, layers], share of the key blocks that were exact; 1 where dense.
         seconds: [steps], wall time; the first step of each mode includes compilation.
         distances: f32 [steps, P], mean |v_t − v_{t−1}| of each prompt's velocity after guidance;
             NaN at step 0.
@@ -64,7 +64,7 @@ class Result(NamedTuple):
     settings: Settings
     policy: Policy
     budgets: Int[np.ndarray, " steps"]
-    densities: Float[np.ndarray, " steps"]
+    densities: Float[np.ndarray, "steps layers"]
     seconds: Float[np.ndarray, " steps"]
     distances: Float[np.ndarray, "steps P"]
 
@@ -198,7 +198,7 @@ class Pipeline:
         noise_keys, policy_keys = seed_keys(seeds)
         latents = start_noise(noise_keys, self.card.latent_shape(settings))
         carry = Carry(latents, sampling.init_state(schedule, latents), jnp.zeros_like(latents))
-        state = policy.init_state(self.card.config.num_layers)
+        state = policy.init_state(self._shape(settings, len(text)))
         graph, params = nnx.split(self.model)
         guidance = jnp.float32(settings.guidance)
         log = Log(blocks)
@@ -208,13 +208,19 @@ class Pipeline:
                 # Dense steps are alike under every policy, and so share one compilation.
                 method, bound = (Dense(), 1) if mode == "dense" else (policy, budget.bound)
                 attention = Attention(method, mode, jnp.int32(i), exact, policy_keys, bound, state)
-                carry, distance, state = denoise(
+                carry, distance, record = denoise(
                     graph, params, schedule, carry, text, guidance, attention
                 )
-                budget = budget.after(distance)
-                bar.set_postfix_str(log.add(mode, exact, distance, began))
+                budget, state = budget.after(distance), record.state
+                bar.set_postfix_str(log.add(mode, exact, distance, record.density, began))
                 bar.update()
         return carry.latents, log.arrays()
+
+    def _shape(self, settings: Settings, batch: int) -> AttentionShape:
+        """What the policy's state may depend on."""
+        config = self.card.config
+        heads, width = config.num_heads, config.head_dim
+        return AttentionShape(config.num_layers, batch, heads, width, self.card.grid(settings))
 
     def _encoder(self, instead: str) -> TextEncoder:
         if self.text is None:
@@ -292,7 +298,7 @@ def denoise(
     text: Float[Array, "B E D"],
     guidance: Float[Array, ""],
     attention: Attention,
-) -> tuple[Carry, Float[Array, " P"], Any]:
+) -> tuple[Carry, Float[Array, " P"], LayerRecord]:
     """One step; compiled once per mode, as step, budget, seeds and guidance are data.
 
     Args:
@@ -304,20 +310,20 @@ def denoise(
         attention: policy, mode, step, budget and the policy's state.
 
     Returns:
-        The next carry, mean |v_t − v_{t−1}| of each prompt, and the policy's new state.
+        The next carry, mean |v_t − v_{t−1}| of each prompt, and the layers' records.
     """
     i = attention.step
     branches = text.shape[0] // carry.latents.shape[0]
     latents = jnp.tile(carry.latents, (branches, 1, 1, 1, 1))
     timesteps = jnp.full(latents.shape[:1], schedule.timesteps[i])
-    velocity, state = nnx.merge(graph, params)(latents, timesteps, text, attention)
+    velocity, record = nnx.merge(graph, params)(latents, timesteps, text, attention)
     velocity = velocity.astype(jnp.float32)
     if branches == 2:
         conditional, unconditional = jnp.split(velocity, 2)
         velocity = unconditional + guidance * (conditional - unconditional)
     distance = jax.vmap(velocity_distance)(velocity, carry.velocity)
     latents, memory = sampling.update(schedule, carry.memory, carry.latents, velocity, i)
-    return Carry(latents, memory, velocity), jnp.where(i == 0, jnp.nan, distance), state
+    return Carry(latents, memory, velocity), jnp.where(i == 0, jnp.nan, distance), record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,20 +374,22 @@ class Log:
         self.blocks = blocks
         self.rows = []
 
-    def add(self, mode: str, budget: jax.Array, distance: jax.Array, began: float) -> str:
+    def add(
+        self, mode: str, budget: jax.Array, distance: jax.Array, density: jax.Array, began: float
+    ) -> str:
         """Waits for the step, notes it, and says it in words."""
-        distance = np.asarray(distance)
+        distance, density = np.asarray(distance), np.asarray(density)
         exact = self.blocks if mode == "dense" else int(budget)
-        seconds, density = time.perf_counter() - began, exact / self.blocks
+        seconds = time.perf_counter() - began
         self.rows.append((exact, density, seconds, distance))
-        return f"{seconds:.2f} s/step, density {density:.3f}"
+        return f"{seconds:.2f} s/step, density {density.mean():.3f}"
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The steps as arrays of a `Result`."""
         budgets, densities, seconds, distances = zip(*self.rows, strict=True)
         return {
             "budgets": np.asarray(budgets, np.int32),
-            "densities": np.asarray(densities),
+            "densities": np.stack(densities),
             "seconds": np.asarray(seconds),
             "distances": np.stack(distances),
         }

@@ -7,6 +7,7 @@ from typing import Literal
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pasa_jax.pallas_kernels.blocks import BlockIndex, block_lengths, num_blocks
@@ -56,12 +57,37 @@ def call_keys(keys: jax.Array, step: Int[Array, ""], layer: Int[Array, ""]) -> j
     return jax.vmap(fold)(keys)
 
 
-def forced_blocks(length: Int[Array, "B J"], sink: str | None) -> Bool[Array, "B J"]:
-    """True for the key block that is always exact: the first or the last with valid tokens."""
+def forced_blocks(
+    length: Int[Array, "B J"], sink: str | None, text: Bool[np.ndarray, " J"] | None = None
+) -> Bool[Array, "B J"]:
+    """True for key blocks that are always exact.
+
+    Args:
+        length: valid tokens of each key block.
+        sink: the first or the last block with valid tokens; None adds none.
+        text: blocks forced as well, `TokenGrid.text_blocks`.
+    """
     column = jnp.arange(length.shape[1], dtype=jnp.int32)[None, :]
     last = (length > 0).sum(1, dtype=jnp.int32)[:, None] - 1
     target = {None: -1, "first": 0, "last": last}[sink]
-    return (column == target) & (length > 0)
+    forced = column == target
+    if text is not None:
+        forced = forced | jnp.asarray(text)[None, :]
+    return forced & (length > 0)
+
+
+def listed_blocks(mask: Bool[Array, "B N I J"], slots: int) -> BlockIndex:
+    """Lists of the blocks that a mask holds, in rising order.
+
+    Args:
+        mask: True where a key block is exact.
+        slots: static length L of the lists; of a row with more blocks the first L are kept.
+    """
+    columns = mask.shape[-1]
+    rank = columns - jnp.arange(columns, dtype=jnp.int32)
+    ids = jax.lax.top_k(jnp.where(mask, rank[None, None, None, :], 0), min(slots, columns))[1]
+    count = mask.sum(-1, dtype=jnp.int32)
+    return BlockIndex(ids, jnp.minimum(count, ids.shape[-1]))
 
 
 def select_blocks(

@@ -99,7 +99,7 @@ class Card:
             patch=self.config.patch,
             first_frame_alone=self.causal,
         )
-        for name, count in dataclasses.asdict(grid).items():
+        for name, count in zip(("frames", "rows", "columns"), grid.sizes, strict=True):
             if count > ROPE_POSITIONS:
                 raise ValueError(
                     f"{name}={count} tokens must be at most {ROPE_POSITIONS}: ask for a smaller "
@@ -109,7 +109,7 @@ class Card:
 
     def latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
         """F, Y, X, C of one video's latents."""
-        tokens = dataclasses.astuple(self.grid(settings))
+        tokens = self.grid(settings).sizes
         sizes = (n * p for n, p in zip(tokens, self.config.patch, strict=True))
         return *sizes, self.config.in_channels
 

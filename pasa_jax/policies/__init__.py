@@ -11,14 +11,25 @@ import dataclasses
 import difflib
 from typing import Any
 
-from pasa_jax.policies.base import Context, Plan, Policy
+from pasa_jax.policies.base import AttentionShape, Context, Plan, Policy, Rectification
 from pasa_jax.policies.dense import Dense
 from pasa_jax.policies.pasa import Pasa
 from pasa_jax.policies.pisa import Pisa
 
 POLICIES: dict[str, type] = {"dense": Dense, "pisa": Pisa, "pasa": Pasa}
 
-__all__ = ["POLICIES", "Context", "Dense", "Pasa", "Pisa", "Plan", "Policy", "make_policy"]
+__all__ = [
+    "POLICIES",
+    "AttentionShape",
+    "Context",
+    "Dense",
+    "Pasa",
+    "Pisa",
+    "Plan",
+    "Policy",
+    "Rectification",
+    "make_policy",
+]
 
 
 def make_policy(name: str, **parameters: Any) -> Policy:

@@ -22,28 +22,22 @@ from pasa_jax import routing
 from pasa_jax.policies.base import (
     Context,
     Plan,
-    check_blocks,
+    Policy,
     check_choice,
     check_density,
-    check_prefix,
     dense_prefix_steps,
-    prefix_modes,
 )
 from pasa_jax.policies.pisa import ROUTE_BIASES, check_route, taylor_plan
 
 _ONLINE_CEILING = 3.0  # times the mean density; the published curves reach 2.7 times their mean
 
 
-@dataclasses.dataclass(frozen=True)
-class Pasa:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pasa(Policy):
     """Budget by velocity, noisy top-k, one first-order matrix per group of key blocks.
 
     Attributes:
         density: exact share of the key blocks, in (0, 1], mean over the sparse steps.
-        dense_prefix: share of the steps that run dense first, in [0, 1]; rounded to at least one
-            step unless 0.
-        dense_layers: layers that run dense at every step, indices in the whole stack.
-        block_q, block_kv: tokens of a query block and of a key block.
         group: key blocks that share a first-order matrix.
         order: order of the Taylor expansion, 0 or 1.
         route_bias: "global" adds log(‖H_j − Hbar‖ + epsilon) to a block's score, Hbar the mean over
@@ -63,10 +57,6 @@ class Pasa:
     """
 
     density: float = 0.15
-    dense_prefix: float = 0.2
-    dense_layers: tuple[int, ...] = (0,)
-    block_q: int = 64
-    block_kv: int = 64
     group: int = 32
     order: Literal[0, 1] = 1
     route_bias: Literal["none", "global", "group"] = "global"
@@ -79,9 +69,8 @@ class Pasa:
     max_density: float | None = None
 
     def __post_init__(self):
-        check_blocks(self)
+        super().__post_init__()
         check_density("density", self.density)
-        check_prefix(self.dense_prefix)
         check_route(self, ROUTE_BIASES)
         routing.Noise(self.noise, self.noise_scale)
         check_choice("budget", self.budget, ("curve", "online"))
@@ -98,10 +87,6 @@ class Pasa:
     def reads_curve(self) -> bool:
         """Not with the budget "online"."""
         return self.budget == "curve"
-
-    def modes(self, num_steps: int) -> tuple[str, ...]:
-        """ "dense" for the first `dense_prefix` of the steps, then "sparse"."""
-        return prefix_modes(self.dense_prefix, num_steps)
 
     def budgets(
         self, num_steps: int, num_blocks: int, curve: Sequence[float] | np.ndarray | None = None
@@ -154,10 +139,6 @@ class Pasa:
             return None
         dense = dense_prefix_steps(self.dense_prefix, len(sigmas) - 1)
         return budget_rules.start_online(sigmas, self.density, num_blocks, dense, **self._bounds())
-
-    def init_state(self, num_layers: int) -> tuple[()]:
-        """(): no state."""
-        return ()
 
     def plan(
         self,

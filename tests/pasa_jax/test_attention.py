@@ -185,7 +185,7 @@ def test_state_passes_through():
     q, k, v = qkv()
     state = {"count": jnp.int32(7)}
     for attention in (None, run(PISA), run(PASA, mode="dense")):
-        assert attend(q, k, v, attention, layer=jnp.int32(1), state=state)[1] == state
+        assert attend(q, k, v, attention, layer=jnp.int32(1), state=state)[1].state == state
 
 
 @pytest.mark.parametrize(

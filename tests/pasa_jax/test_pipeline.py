@@ -48,7 +48,8 @@ def test_a_run_gives_frames_and_what_each_step_cost(pipeline):
     assert result.latents.shape == (2, 2, 8, 8, 16) and np.isfinite(result.latents).all()
     # 32 tokens in 8 blocks; one dense step, then 0.4 · 8 · 4 = 12.8 blocks over four.
     assert result.budgets.tolist() == [8, 4, 3, 3, 3]
-    np.testing.assert_allclose(result.densities, result.budgets / 8)
+    share = np.broadcast_to(result.budgets[:, None] / 8, (5, 2))  # two layers
+    np.testing.assert_allclose(result.densities, share)
     assert (result.seconds > 0).all()
     assert np.isnan(result.distances[0]).all() and (result.distances[1:] > 0).all()
     assert (result.prompts, result.seeds) == ((WAVES, CIRCLE), (3, 4))

@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-import inspect
+import functools
 from pathlib import Path
 
 import jax
@@ -13,7 +13,17 @@ import pytest
 
 import pasa_jax
 from pasa_jax.attention import Attention, attend
-from pasa_jax.policies import POLICIES, Context, Dense, Pasa, Pisa, Policy, make_policy
+from pasa_jax.grid import TokenGrid
+from pasa_jax.pallas_kernels import api
+from pasa_jax.policies import (
+    POLICIES,
+    AttentionShape,
+    Context,
+    Dense,
+    Pasa,
+    Pisa,
+    make_policy,
+)
 
 B, T, N, H, BLOCK = 2, 90, 3, 8, 8  # 12 blocks, the last of 2 tokens
 
@@ -42,7 +52,7 @@ compiled = jax.jit(
 
 
 def plan(policy, *, dtype=jnp.float32, **where):
-    assert policy.init_state(4) == ()
+    assert policy.init_state(AttentionShape(4, B, N, H, TokenGrid(1, 1, T))) == ()
     return compiled(policy, *qkv(dtype=dtype), context(**where))
 
 
@@ -50,25 +60,55 @@ def small(policy_type, **fields):
     return policy_type(block_q=BLOCK, block_kv=BLOCK, **fields)
 
 
+GRID = TokenGrid(4, 4, 8)  # 16 blocks of 8 tokens, and every tile of 8 divides it
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_keeps_the_contract(name):
     policy = make_policy(name, block_q=BLOCK, block_kv=BLOCK)
-    assert policy == dataclasses.replace(policy) and hash(policy) == hash(
-        dataclasses.replace(policy)
-    )
-    for method, _ in inspect.getmembers(Policy, inspect.isfunction):
-        assert method.startswith("_") or callable(getattr(policy, method))
-    modes, budgets = policy.modes(10), policy.budgets(10, 12)
-    assert len(modes) == 10 and set(modes) <= {"dense", "sparse"}
-    assert budgets.dtype == np.int32 and budgets.shape == (10,)
-    bound = policy.max_budget(10, 12)
+    twin = dataclasses.replace(policy)
+    assert policy == twin and hash(policy) == hash(twin)
+    modes, budgets = policy.modes(10), policy.budgets(10, 16)
+    bound = policy.max_budget(10, 16)
+    assert len(modes) == 10 and budgets.dtype == np.int32 and budgets.shape == (10,)
     for mode, budget in zip(modes, budgets, strict=True):
-        assert budget == 12 if mode == "dense" else 1 <= budget <= bound
-    blocks = plan(policy, budget=bound).blocks
-    assert blocks.ids.shape[:3] == blocks.count.shape == (B, N, 12)
-    assert blocks.ids.dtype == blocks.count.dtype == jnp.int32
-    ids = np.sort(np.asarray(blocks.ids)[..., :bound])
-    assert ids.min() >= 0 and ids.max() < 12 and (np.diff(ids) > 0).all()
+        assert budget == 16 if mode == "dense" else 1 <= budget <= bound
+    order = policy.token_order(GRID)
+    assert order is None or np.array_equal(np.sort(order), np.arange(128))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_runs_its_modes_and_lists_distinct_blocks(name):
+    policy = make_policy(name, block_q=BLOCK, block_kv=BLOCK, dense_layers=())
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((B, 128, N, H)), jnp.float32) for _ in range(3))
+    shape = AttentionShape(1, B, N, H, GRID)
+    state = jax.tree.map(lambda x: x[0], policy.init_state(shape))
+    budgets, bound = policy.budgets(10, 16), policy.max_budget(10, 16)
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(mode, step, budget, state):
+        where = Context(step, jnp.int32(1), budget, keys, bound, mode, GRID)
+        if mode == "search":
+            return policy.search(q, k, v, where, state)
+        plan, state = policy.plan(q, k, v, where, state)
+        return plan.blocks, state
+
+    for step, mode in enumerate(policy.modes(10)):
+        if mode == "dense":
+            continue
+        result, new = run(mode, jnp.int32(step), jnp.int32(budgets[step]), state)
+        # One compilation a mode: the state keeps its shape.
+        assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+        state = new
+        if mode == "search":
+            np.testing.assert_array_equal(result, jax.jit(api.dense_attention)(q, k, v))
+            continue
+        assert result.ids.dtype == result.count.dtype == jnp.int32
+        assert result.ids.shape[:3] == result.count.shape == (B, N, 16)
+        api.check_lists(result, 16)
+        assert int(result.count.min()) >= 1
 
 
 @pytest.mark.parametrize(
