@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pasa_jax.attention import Attention, attend
+from pasa_jax.grid import TokenGrid
 from pasa_jax.pallas_kernels import api
-from pasa_jax.policies import Dense, Pasa, Pisa
+from pasa_jax.policies import Context, Dense, Pasa, Pisa, Policy, Rectification
 
 B, T, N, H, BLOCK = 2, 90, 3, 8, 8  # 12 blocks, the last of 2 tokens
 BLOCKS = -(-T // BLOCK)
@@ -196,3 +197,97 @@ def test_keys_of_another_kind_are_refused(keys):
     attention = dataclasses.replace(run(PASA), keys=keys)
     with pytest.raises(ValueError, match="keys=.* must be typed random keys"):
         attend(q, k, v, attention, layer=jnp.int32(1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned(Policy):
+    """Lists every block, and adds what a test asks for to the plan."""
+
+    extra: str = ""
+
+    def plan(self, q, k, v, context, state):
+        plan, state = Dense(block_q=BLOCK, block_kv=BLOCK).plan(q, k, v, context, state)
+        b, t, n, h = q.shape
+        if self.extra == "rectified":
+            share = jnp.arange(b * n * BLOCKS, dtype=jnp.float32).reshape(b, n, BLOCKS)
+            plan = plan._replace(rectification=Rectification(share, jnp.ones((b, n, BLOCKS, h))))
+        if self.extra == "half":  # the first six blocks, in an order that puts odd tokens first
+            count = jnp.full_like(plan.blocks.count, 6)
+            plan = plan._replace(blocks=plan.blocks._replace(count=count))
+            plan = plan._replace(head_order=jnp.broadcast_to(ODD_FIRST[None, None], (1, n, t)))
+        if self.extra == "length":
+            assert context.kv_length is not None and q.shape[1] == context.grid.num_tokens
+        return plan, state
+
+
+ODD_FIRST = jnp.concatenate([jnp.arange(1, T, 2), jnp.arange(0, T, 2)]).astype(jnp.int32)
+
+
+def planned(extra):
+    return run(Planned(extra=extra, block_q=BLOCK, block_kv=BLOCK, dense_layers=()))
+
+
+def test_a_rectification_scales_and_shifts_whole_query_blocks():
+    q, k, v = qkv()
+    out, _ = attend(q, k, v, planned("rectified"), layer=jnp.int32(1))
+    share = np.arange(B * N * BLOCKS).reshape(B, N, BLOCKS)[..., np.arange(T) // BLOCK]
+    want = np.asarray(dense(q, k, v)) * np.moveaxis(share, 1, 2)[..., None] + 1
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)  # shares up to 71
+
+
+def test_a_head_order_decides_which_tokens_make_a_block():
+    q, k, v = qkv()
+    out, record = attend(q, k, v, planned("half"), layer=jnp.int32(1))
+    # Six blocks of eight hold the 45 odd tokens and tokens 0, 2, 4.
+    seen = np.concatenate([np.arange(1, T, 2), [0, 2, 4]])
+    np.testing.assert_allclose(out, dense(q, k[:, seen], v[:, seen]), atol=2e-6)
+    assert float(record.density) == 0.5
+
+
+def test_text_queries_are_dense_and_the_plan_sees_the_video_alone():
+    q, k, v = qkv()
+    grid, length = TokenGrid(2, 5, 8, text=10), jnp.asarray([87, T], jnp.int32)
+    where = dict(layer=jnp.int32(1), grid=grid, kv_length=length)
+    out, _ = attend(q, k, v, planned("length"), **where)
+    exact = api.dense_attention(q, k, v, kv_length=length)
+    np.testing.assert_allclose(out, exact, atol=2e-6)
+    sparse, _ = attend(q, k, v, run(QUIET, budget=3), **where)
+    np.testing.assert_allclose(sparse[:, 80:], exact[:, 80:], atol=2e-6)
+    assert float(jnp.abs(sparse[:, :80] - exact[:, :80]).max()) > 1e-2
+
+
+def test_text_keys_are_always_exact():
+    q, k, v = qkv()
+    grid = TokenGrid(2, 5, 8, text=10)  # blocks 10 and 11 hold text
+    policy = dataclasses.replace(QUIET, order=0)
+    where = Context(jnp.int32(3), jnp.int32(1), jnp.int32(3), run(QUIET).keys, 5, grid=grid)
+    plan, _ = policy.plan(q[:, :80], k, v, where, ())
+    first = np.sort(np.asarray(plan.blocks.ids)[..., :3])
+    assert ((first == 10) | (first == 11)).sum(-1).min() == 2
+
+
+def test_the_record_tells_the_real_density():
+    q, k, v = qkv()
+    assert float(attend(q, k, v, None, layer=jnp.int32(0))[1].density) == 1
+    sparse = attend(q, k, v, run(PISA, budget=3), layer=jnp.int32(1))[1]
+    assert float(sparse.density) == 3 / BLOCKS
+    assert float(attend(q, k, v, run(PISA, budget=3), layer=jnp.int32(0))[1].density) == 1
+
+
+def test_a_grid_of_other_tokens_is_refused():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="grid=.* must have the 90 tokens of q"):
+        attend(q, k, v, None, layer=jnp.int32(0), grid=TokenGrid(1, 9, 9))
+
+
+def test_a_policy_that_needs_the_grid_says_so():
+    where = Context(jnp.int32(0), jnp.int32(0), jnp.int32(1), run(PISA).keys, 1)
+    with pytest.raises(ValueError, match="grid=None must be a TokenGrid: Pisa works on"):
+        where.need_grid(PISA)
+
+
+def test_a_policy_without_plan_or_search_says_so():
+    where = Context(jnp.int32(0), jnp.int32(0), jnp.int32(1), run(PISA).keys, 1)
+    for method in ("plan", "search"):
+        with pytest.raises(NotImplementedError, match=f"Policy has no {method}"):
+            getattr(Policy(), method)(*qkv(), where, ())

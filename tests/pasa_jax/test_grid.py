@@ -1,8 +1,11 @@
 """Token grids: sizes of known models, and messages that name the nearest valid size."""
 
+import itertools
+
+import numpy as np
 import pytest
 
-from pasa_jax.grid import TokenGrid
+from pasa_jax.grid import TokenGrid, axis_order, tile_of, tile_order
 
 
 def test_wan_sizes():
@@ -49,3 +52,56 @@ def test_refuses_an_empty_axis():
 def test_num_blocks_refuses_an_empty_block():
     with pytest.raises(ValueError, match="block=0 must be at least 1 token"):
         TokenGrid(1, 1, 1).num_blocks(0)
+
+
+def test_text_stands_behind_the_video():
+    grid = TokenGrid(2, 3, 4, text=10)  # 24 + 10 tokens
+    assert (grid.num_tokens, grid.num_blocks(8)) == (24, 5)
+    assert grid.text_blocks(8).tolist() == [False, False, False, True, True]
+    assert grid.text_blocks(10).tolist() == [False, False, True, True]  # one holds both
+    assert not TokenGrid(2, 3, 4).text_blocks(7).any()
+
+
+def test_axis_order_counts_the_last_axis_fastest():
+    grid = TokenGrid(2, 3, 4)
+    assert axis_order(grid, (0, 1, 2)).tolist() == list(range(24))
+    # Frames fastest: tokens 0 and 12 are one place in two frames.
+    assert axis_order(grid, (1, 2, 0))[:4].tolist() == [0, 12, 1, 13]
+    for axes in itertools.permutations(range(3)):
+        assert np.array_equal(np.sort(axis_order(grid, axes)), np.arange(24))
+
+
+def test_tile_order_keeps_whole_tiles_together():
+    grid = TokenGrid(2, 4, 6)
+    order = tile_order(grid, (1, 2, 3)).reshape(-1, 6)
+    assert order[:3].tolist() == [
+        [0, 1, 2, 6, 7, 8],
+        [3, 4, 5, 9, 10, 11],
+        [12, 13, 14, 18, 19, 20],
+    ]
+    assert np.array_equal(np.sort(order.reshape(-1)), np.arange(48))
+
+
+def test_tile_of_takes_the_most_compact():
+    assert tile_of(TokenGrid(4, 16, 16), 64) == (4, 4, 4)
+    assert tile_of(TokenGrid(1, 8, 16), 32) in ((1, 4, 8), (1, 8, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TokenGrid(1, 1, 1, text=-1), "text=-1 must be at least 0 tokens"),
+        (lambda: axis_order(TokenGrid(1, 1, 1), (0, 1, 1)), r"axes=\(0, 1, 1\) must be a permut"),
+        (
+            lambda: tile_order(TokenGrid(4, 4, 6), (2, 2, 4)),
+            "tile=.* must divide .* columns=6 by 4",
+        ),
+        (
+            lambda: tile_of(TokenGrid(21, 30, 52), 64),
+            r"no tile of 64 tokens divides the grid \(21, 30, 52\); tiles of 60, 63, 65, 70 tokens",
+        ),
+    ],
+)
+def test_orders_refuse(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

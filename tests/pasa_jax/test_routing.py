@@ -353,3 +353,14 @@ def test_select_blocks_refuses(options, message):
 def test_noise_refuses(kind, scale, message, untyped):
     with pytest.raises(ValueError, match=message):
         Noise(kind, scale)
+
+
+def test_masks_become_lists_in_rising_order():
+    mask = np.random.default_rng(0).random((2, 3, 5, 9)) < 0.4
+    blocks = routing.listed_blocks(jnp.asarray(mask), 9)
+    count = mask.sum(-1)
+    assert (np.asarray(blocks.count) == count).all() and count.max() > 4
+    for at in np.ndindex(count.shape):
+        assert blocks.ids[at][: count[at]].tolist() == np.flatnonzero(mask[at]).tolist()
+    short = routing.listed_blocks(jnp.asarray(mask), 3)
+    assert short.ids.shape[-1] == 3 and (np.asarray(short.count) == np.minimum(count, 3)).all()
