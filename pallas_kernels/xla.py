@@ -1,6 +1,6 @@
 """Memory-lean jnp versions: the CPU's default and a fallback anywhere; no T×S array, ever."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +19,14 @@ from pasa_jax.pallas_kernels.blocks import (
     num_blocks,
     pad_axis,
 )
+from pasa_jax.pallas_kernels.tuning import tuned
 
 # Scores held at once, in elements: small enough for a core's cache, large enough that XLA:CPU
 # splits the elementwise work over threads.
 TILE_QUERIES = 512
 TILE_KEYS = 512
+# What `pasa-jax tune` tries in their place.
+TUNABLE = {"tile_queries": (256, 512, 1024), "tile_keys": (256, 512, 1024)}
 # Block means a step of the tail's scan takes, in whole groups, if a group has no more.
 TAIL_COLUMNS = 512
 # Blocks the statistics work on at once where one group holds them all; H_j held at once.
@@ -274,16 +277,23 @@ def block_sparse_attention(
     kv_length: Int[Array, " B"] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    options: Mapping[str, int] | None = None,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """See `api.block_sparse_attention`. Products and sums run in float32; only q, k, v round."""
+    """See `api.block_sparse_attention`. Products and sums run in float32; only q, k, v round.
+
+    `options` are those of `TUNABLE`; None takes the ones tuned for this device.
+    """
     b, t, n, h = q.shape
     dtype = accumulation_dtype(q.dtype)
     scale = jnp.asarray(h**-0.5 if scale is None else scale, dtype)
     lengths = block_lengths(k.shape[1], block_kv, kv_length, b)
     query_blocks, slots = blocks.ids.shape[2:]
-    few = max(1, TILE_KEYS // block_kv // 4)
+    if options is None:
+        case = dict(head_dim=h, block_q=block_q, block_kv=block_kv, dtype=q.dtype)
+        options = tuned("xla", density=slots / lengths.shape[1], **case)
+    few = max(1, options.get("tile_keys", TILE_KEYS) // block_kv // 4)
     chunks = (4 * few, few)
-    rows = _balanced(query_blocks, TILE_QUERIES // block_q)
+    rows = _balanced(query_blocks, options.get("tile_queries", TILE_QUERIES) // block_q)
     tiles = -(-query_blocks // rows)
     q = pad_axis(q, 1, tiles * rows * block_q)
     ids = pad_axis(pad_axis(blocks.ids, 2, tiles * rows), 3, max(4 * few, -(-slots // few) * few))

@@ -4,7 +4,6 @@ import ctypes
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -15,11 +14,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from tqdm import tqdm
 
 from pasa_jax.attention import Attention, attend
+from pasa_jax.info import Setting, machine, sparse_kernel
 from pasa_jax.pallas_kernels import BlockIndex, api
 from pasa_jax.policies import Context, Pasa, Pisa, Policy
 from pasa_jax.video import atomic, check_target
@@ -32,26 +31,6 @@ SHAPES = {
     "wan14b-720p": (75600, 40, 128),
     "hunyuan-720p": (119056, 24, 128),  # 118,800 of video, 256 of text
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is timed: self-attention of `tokens` tokens, batch 1, on random normal q, k, v."""
-
-    tokens: int
-    heads: int
-    head_dim: int
-    density: float
-    block_q: int
-    block_kv: int
-    dtype: str
-
-    def __post_init__(self):
-        for name in ("tokens", "heads", "head_dim", "block_q", "block_kv"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density} must be in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +143,7 @@ def _operands(setting: Setting) -> list[Any]:
     return [*qkv, _lists(setting, *qkv)]
 
 
-def _rounds(programs: dict[str, Any], operands: list[Any], repeats: int) -> dict[str, list]:
+def rounds(programs: dict[str, Any], operands: list[Any], repeats: int) -> dict[str, list]:
     """Seconds of every program in every round, after one round that is not counted."""
     seconds = {name: [] for name in programs}
     for turn in tqdm(range(repeats + 1), desc="rounds", unit="round", file=sys.stderr):
@@ -255,7 +234,7 @@ def _measure(setting: Setting, repeats: int, resident: bool) -> list[Row]:
         for name, function in tqdm((methods | parts).items(), desc="compiling", file=sys.stderr)
     }
     memory = {name: _resident(setting, name) if resident else None for name in methods}
-    seconds = _rounds(programs, operands, repeats)
+    seconds = rounds(programs, operands, repeats)
     return [_row(setting, name, programs[name], seconds, memory.get(name)) for name in programs]
 
 
@@ -288,32 +267,6 @@ def _break_evens(runs: list[tuple[Setting, list[Row]]]) -> list[dict[str, Any]]:
             if density is not None:
                 found.append({"tokens": tokens, "method": name, "density": density})
     return found
-
-
-def _machine() -> dict[str, Any]:
-    """Device, driver, versions and the product's commit; None where one cannot be told."""
-    device = jax.devices()[0]
-    root = Path(__file__).resolve().parent.parent
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
-        "device": f"{device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores",
-        "driver": _told(query) if device.platform == "gpu" else None,
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-        },
-        "commit": _told(["git", "-C", str(root), "rev-parse", "HEAD"]),
-    }
-
-
-def _told(command: list[str]) -> str | None:
-    """The first line a program prints; None where it fails or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.split("\n")[0] if done.returncode == 0 else None
 
 
 def _plot(target: Path, result: dict[str, Any]) -> None:
@@ -366,8 +319,8 @@ def bench_attention(
         output: write the result to this JSON file, and a plot beside it as .png.
 
     Returns:
-        The result as written: device, driver, versions, commit, runs (setting and rows, see
-        `Row`) and break-even densities.
+        The result as written: device, driver, versions, commit, runs (setting, the sparse kernel
+        with its options, and rows, see `Row`) and break-even densities.
 
     Raises:
         ValueError: unknown shape, no tokens or density, a size below 1, density outside (0, 1], or
@@ -388,7 +341,7 @@ def bench_attention(
         for t in tokens
         for rho in density
     ]
-    result = {**_machine(), "repeats": repeats, "runs": []}
+    result = {**machine(), "repeats": repeats, "runs": []}
     print(f"{result['device']}, jax {jax.__version__}, {repeats} rounds")
     runs = []
     for setting in settings:
@@ -396,7 +349,8 @@ def bench_attention(
         runs.append((setting, rows))
         print(", ".join(f"{key}={value}" for key, value in dataclasses.asdict(setting).items()))
         _print_table(rows)
-        run = {"setting": dataclasses.asdict(setting), "rows": [*map(dataclasses.asdict, rows)]}
+        run = {"setting": dataclasses.asdict(setting), "kernel": sparse_kernel(setting)}
+        run["rows"] = [*map(dataclasses.asdict, rows)]
         result["runs"].append(run)
     print(LEGEND)
     result["break_even"] = _break_evens(runs)

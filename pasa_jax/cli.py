@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "turn a PyTorch checkpoint of Wan into one of Flax",
     "check": "count what tiny's videos get right, under dense attention, PISA and PASA",
     "bench": "bench attention: time sparse against dense attention on this machine",
+    "tune": "measure which options of a kernel are best on this machine, and keep them",
     "info": "say which kernels run on this machine, and why others do not",
 }
 
@@ -58,7 +59,7 @@ def _usage() -> str:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    functions = (generate, calibrate, convert, check, bench, info)
+    functions = (generate, calibrate, convert, check, bench, tune, info)
     table = dict(zip(COMMANDS, functions, strict=True))
     if name not in table:
         raise ValueError(f"command={name!r} must be one of {_choices(name, list(table))}")
@@ -582,6 +583,13 @@ def bench(argv: list[str]) -> None:
     from pasa_jax.bench import bench_attention
 
     _call(bench_attention, "bench attention", argv[1:], "Times sparse against dense attention.")
+
+
+def tune(argv: list[str]) -> None:
+    """pasa-jax tune: a kernel's options timed on this machine."""
+    from pasa_jax.tune import tune as measure
+
+    _call(measure, "tune", argv, "Times a kernel's options on this device and keeps the best.")
 
 
 def info(argv: list[str]) -> None:

@@ -21,6 +21,14 @@ def need(name):
         pytest.skip(f"{name} is not installed; CI installs it on Python 3.11")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def untuned(tmp_path_factory):
+    """Kernels run with their own options, whatever the user has tuned."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def torch():
     return need("torch")

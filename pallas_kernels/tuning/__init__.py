@@ -1,5 +1,6 @@
 """Options of the kernels measured best for a device; the shipped JSON files lie beside this one."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -7,7 +8,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 SHIPPED = Path(__file__).resolve().parent
 FORMAT = 1  # of the files
 MOST_BYTES = 16 * 2**20
+LONGEST_LINE = 1000  # what a file says of itself may be of any length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +43,11 @@ class Case:
     dtype: str
 
     def __post_init__(self):
-        for name in ("implementation", "dtype"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a name")
         for name in ("head_dim", "block_q", "block_kv"):
-            size = getattr(self, name)
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name}={size!r} must be an integer of at least 1")
-        if type(self.density) not in (int, float) or not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density!r} must be a number in (0, 1]")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density} must be in (0, 1]")
 
 
 class Tuned(NamedTuple):
@@ -56,6 +55,12 @@ class Tuned(NamedTuple):
 
     options: dict[str, int]
     source: Path | None
+
+    @property
+    def origin(self) -> str | None:
+        """Whose file it is, "user" or "shipped"."""
+        shipped = self.source is not None and self.source.parent == SHIPPED
+        return "shipped" if shipped else None if self.source is None else "user"
 
 
 def device_kind() -> str:
@@ -95,19 +100,26 @@ def read(path: Path, kind: str) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it cannot be read or is no such file; one line that names file and rule.
     """
-    try:
+    with _naming(path):
         size = path.stat().st_size
         if size > MOST_BYTES or not path.is_file():
             raise ValueError(f"it must be a file of at most {MOST_BYTES} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         _check_content(content, kind)
+    return content
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Makes what is wrong with a file one line that names it."""
+    try:
+        yield
     except FileNotFoundError:
         raise
-    except OSError as error:
-        raise ValueError(f"tuning file {str(path)!r}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"tuning file {str(path)!r}: {error}") from error
-    return content
+    except (OSError, ValueError, RecursionError) as error:
+        rule = error.strerror if isinstance(error, OSError) else error
+        told = f"tuning file {str(path)!r}: {rule}"
+        raise ValueError(textwrap.shorten(told, LONGEST_LINE)) from error
 
 
 def _check_content(content: Any, kind: str) -> None:
@@ -125,11 +137,12 @@ def _check_content(content: Any, kind: str) -> None:
 
 def case_of(content: Mapping[str, Any]) -> Case:
     """The `Case` among the fields of a file's case; ValueError where it has none."""
-    names = [field.name for field in dataclasses.fields(Case)]
-    missing = [name for name in names if name not in content]
-    if missing:
-        raise ValueError(f"a case must have {', '.join(missing)}")
-    return Case(**{name: content[name] for name in names})
+    fields = {field.name: field.type for field in dataclasses.fields(Case)}
+    for name, kind in fields.items():
+        value = content.get(name)
+        if type(value) is not kind:
+            raise ValueError(f"a case's {name}={value!r} must be of type {kind.__name__}")
+    return Case(**{name: content[name] for name in fields})
 
 
 def check_options(implementation: str, options: Mapping[str, Any]) -> None:
@@ -145,19 +158,19 @@ def check_options(implementation: str, options: Mapping[str, Any]) -> None:
 @functools.cache
 def _table(path: Path, kind: str, implementation: str) -> dict[Case, dict[str, int]]:
     """A file's options of one kernel; a bad file is told once and holds none."""
-    table = {}
     try:
-        for content in read(path, kind)["cases"]:
-            if content["implementation"] == implementation:
-                check_options(implementation, content["options"])
-                table[case_of(content)] = content["options"]
+        cases = [
+            one for one in read(path, kind)["cases"] if one["implementation"] == implementation
+        ]
+        with _naming(path):
+            for one in cases:
+                check_options(implementation, one["options"])
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        told = re.sub(r"\s+", " ", str(error))
-        logging.getLogger("pasa_jax").warning("%s; kernels run without it", told)
+        logging.getLogger("pasa_jax").warning("%s; kernels run without it", error)
         return {}
-    return table
+    return {case_of(one): one["options"] for one in cases}
 
 
 @functools.cache
@@ -177,13 +190,8 @@ def clear() -> None:
     _nearest.cache_clear()
 
 
-def find(
-    implementation: str, *, head_dim: int, block_q: int, block_kv: int, density: float, dtype: Any
-) -> Tuned:
+def find(case: Case) -> Tuned:
     """As `tuned`, with the file that the options come from."""
-    name = jnp.dtype(dtype).name
-    # Lists may have more slots than there are key blocks.
-    case = Case(implementation, head_dim, block_q, block_kv, min(1.0, density), name)
     return _nearest(device_kind(), case)
 
 
@@ -207,5 +215,7 @@ def tuned(
         neither has the case: the kernel's own defaults hold. A file that is not for this device,
         or holds an option that the kernel does not know, is told in one log line and left out.
     """
-    case = dict(head_dim=head_dim, block_q=block_q, block_kv=block_kv)
-    return dict(find(implementation, **case, density=density, dtype=dtype).options)
+    name = jnp.dtype(dtype).name
+    # Lists may have more slots than there are key blocks.
+    case = Case(implementation, head_dim, block_q, block_kv, min(1.0, density), name)
+    return dict(find(case).options)

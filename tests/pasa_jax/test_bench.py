@@ -16,6 +16,7 @@ def test_rows_and_json(tmp_path, capsys):
     assert json.loads(path.read_text()) == result
     assert (tmp_path / "attention.png").stat().st_size > 1000
     (run,) = result["runs"]
+    assert run["kernel"] == {"implementation": "xla", "options": {}, "from": None}
     rows = {row["name"]: row for row in run["rows"]}
     methods = ["dense", "pasa", "pisa", "pisa, density + 1/32", "sparse kernel alone"]
     assert list(rows)[:5] == methods
