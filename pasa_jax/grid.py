@@ -1,6 +1,7 @@
 """The grid of video tokens: its size from a video's size, blocks of it, and orders of tokens."""
 
 import dataclasses
+import functools
 
 import einops
 import numpy as np
@@ -147,3 +148,76 @@ def _tiles(grid: TokenGrid) -> dict[int, tuple[int, int, int]]:
         if size not in found or sum(tile) < sum(found[size]):
             found[size] = tile
     return found
+
+
+@functools.lru_cache(maxsize=16)
+def gilbert_order(grid: TokenGrid) -> np.ndarray:
+    """int32 [F·Y·X], the raster token at each place of a Hilbert curve through a grid of any size.
+
+    The curve begins at token 0, and every step goes to one of the six nearest tokens.
+
+    Args:
+        grid: of the video.
+
+    Returns:
+        A shared array that cannot be written to.
+
+    Source: the idea of J. Červený's generalised Hilbert curve ("gilbert"), which Jenga
+    (arXiv:2505.16864) and Rectified SpaAttn (arXiv:2511.19835) run along the longest axis. Here it
+    runs along the longest even axis, where there is one, which spares it their diagonal steps;
+    blocks of its tokens are as compact.
+    """
+    main = max(range(3), key=lambda axis: (grid.sizes[axis] % 2 == 0, grid.sizes[axis]))
+    sides = np.roll(np.diag(grid.sizes), -main, axis=0)
+    order = grid.raster()[tuple(_hilbert(np.zeros(3, int), *sides).T)]
+    order.flags.writeable = False
+    return order
+
+
+def _hilbert(start: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """[n, 3], a path through the box of signed sides a, b, c, from `start` to the end of side a."""
+    # Side a is even, or all three are odd, and it is 1 in a single place alone: a path of unit
+    # steps needs that, and every part below keeps it.
+    if np.abs(b).sum() < np.abs(c).sum():
+        b, c = c, b
+    length, width = np.abs(a).sum(), np.abs(b).sum()
+    one, two = np.sign(a), np.sign(b)
+    if width == 1:
+        return start + one * np.arange(length)[:, None]
+    if 2 * length > 3 * width:  # one part behind the other
+        half = _even_half(a)
+        return np.concatenate([_hilbert(start, half, b, c), _hilbert(start + half, a - half, b, c)])
+    if width == 2:  # and so is a: over one layer, and back over the other
+        there = np.stack([0 * b, two, two + np.sign(c), np.sign(c)])[: 2 * np.abs(c).sum()]
+        return start + np.concatenate([there, there[::-1] + one])
+    half, part = _even_half(b), one * (length // 2)
+    there = _hilbert(start, half, part, c)
+    across = _hilbert(start + half, a, b - half, c)
+    back = _hilbert(start + a - one + half - two, -half, part - a, c)
+    return np.concatenate([there, across, back])
+
+
+def _even_half(side: np.ndarray) -> np.ndarray:
+    """An even part, about half, of a signed side of 3 or more."""
+    return np.sign(side) * 2 * max(1, round(np.abs(side).sum() / 4))
+
+
+def neighbour_blocks(grid: TokenGrid, order: np.ndarray, block_q: int, block_kv: int) -> np.ndarray:
+    """bool [I, J], whether a token of a query block is, or lies next to, one of a key block.
+
+    Next to it are the 26 tokens that differ by at most one in frame, row and column. Blocks of the
+    video alone.
+
+    Args:
+        grid: of the video.
+        order: the raster token at each place, as `gilbert_order`.
+        block_q, block_kv: tokens of a query block and of a key block.
+    """
+    tokens = grid.num_tokens
+    place = np.argsort(order).reshape(grid.sizes)
+    padded = np.pad(place, 1, mode="edge")  # beyond the edge stands a token next to it
+    near = np.zeros((blocks.num_blocks(tokens, block_q), blocks.num_blocks(tokens, block_kv)), bool)
+    for offset in np.ndindex(3, 3, 3):
+        window = tuple(slice(o, o + n) for o, n in zip(offset, grid.sizes, strict=True))
+        near[place // block_q, padded[window] // block_kv] = True
+    return near

@@ -5,7 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from pasa_jax.grid import TokenGrid, axis_order, tile_of, tile_order
+from pasa_jax.grid import (
+    TokenGrid,
+    axis_order,
+    gilbert_order,
+    neighbour_blocks,
+    tile_of,
+    tile_order,
+)
 
 
 def test_wan_sizes():
@@ -105,3 +112,46 @@ def test_tile_of_takes_the_most_compact():
 def test_orders_refuse(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+WAN = (21, 30, 52)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [*itertools.product((1, 2, 3, 5, 6), repeat=3), (7, 9, 4), (9, 7, 11), (2, 45, 21), WAN],
+)
+def test_gilbert_order_takes_only_unit_steps(sizes):
+    grid = TokenGrid(*sizes)
+    order = gilbert_order(grid)
+    assert order.dtype == np.int32 and order[0] == 0
+    assert np.array_equal(np.sort(order), np.arange(grid.num_tokens))
+    path = np.stack(np.unravel_index(order, sizes), 1)
+    assert (np.abs(np.diff(path, axis=0)).sum(1) == 1).all()
+
+
+def test_gilbert_order_makes_compact_blocks():
+    # Root mean square distance to the block's middle; a ball of 128 tokens has 2.42, a block of
+    # the raster 15.3.
+    path = np.stack(np.unravel_index(gilbert_order(TokenGrid(*WAN)), WAN), 1)[: 255 * 128]
+    blocks = path.reshape(255, 128, 3) - path.reshape(255, 128, 3).mean(1, keepdims=True)
+    assert np.sqrt((blocks**2).sum(-1).mean()) < 3
+
+
+def test_gilbert_order_is_one_array_nobody_writes_to():
+    order = gilbert_order(TokenGrid(2, 2, 2))
+    assert order is gilbert_order(TokenGrid(2, 2, 2)) and not order.flags.writeable
+
+
+@pytest.mark.parametrize(("block_q", "block_kv"), [(4, 4), (4, 6), (7, 7)])
+def test_neighbour_blocks_are_those_with_tokens_next_to_each_other(block_q, block_kv):
+    grid = TokenGrid(3, 4, 5)
+    order = gilbert_order(grid)
+    path = np.stack(np.unravel_index(order, grid.sizes), 1)
+    near = neighbour_blocks(grid, order, block_q, block_kv)
+    want = np.zeros_like(near)
+    for i, j in itertools.product(range(60), repeat=2):
+        want[i // block_q, j // block_kv] |= np.abs(path[i] - path[j]).max() <= 1
+    assert np.array_equal(near, want)
+    if block_q == block_kv:
+        assert near.diagonal().all() and (near == near.T).all() and not near.all()
