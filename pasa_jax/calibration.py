@@ -32,7 +32,7 @@ def velocity_distance(
 
 @dataclasses.dataclass(frozen=True)
 class CurveKey:
-    """What a velocity curve depends on.
+    """What a velocity curve, or any other record of dense sampling, depends on.
 
     Attributes:
         model: preset or checkpoint name.
@@ -168,42 +168,50 @@ class VelocityCurve:
 
 def _from_json(record: Any) -> VelocityCurve:
     """A curve from parsed JSON, every field of its type; ValueError says which is not."""
-    fields = _fields(record, "the file", {"format", "key", "prompts", "mean", "std", "speed"})
+    fields = json_fields(record, "the file", {"format", "key", "prompts", "mean", "std", "speed"})
     if fields["format"] != _FORMAT:
         raise ValueError(f"format={fields['format']!r} must be {_FORMAT}")
-    key = _fields(fields["key"], "key", {field.name for field in dataclasses.fields(CurveKey)})
-    grid = _fields(key["grid"], "grid", {"frames", "rows", "columns", "text"})
     return VelocityCurve(
-        CurveKey(
-            model=_typed("model", key["model"], str),
-            grid=TokenGrid(**{name: _typed(name, value, int) for name, value in grid.items()}),
-            steps=_typed("steps", key["steps"], int),
-            sampler=_typed("sampler", key["sampler"], str),
-            shift=_number("shift", key["shift"]),
-            guidance=_number("guidance", key["guidance"]),
-        ),
-        _typed("prompts", fields["prompts"], int),
+        json_key(fields["key"]),
+        json_typed("prompts", fields["prompts"], int),
         *(_numbers(name, fields[name]) for name in ("mean", "std", "speed")),
     )
 
 
-def _fields(record: Any, name: str, expected: set[str]) -> dict[str, Any]:
+def json_key(record: Any) -> CurveKey:
+    """A key from parsed JSON; ValueError says which field is not of its type."""
+    key = json_fields(record, "key", {field.name for field in dataclasses.fields(CurveKey)})
+    grid = json_fields(key["grid"], "grid", {"frames", "rows", "columns", "text"})
+    return CurveKey(
+        model=json_typed("model", key["model"], str),
+        grid=TokenGrid(**{name: json_typed(name, value, int) for name, value in grid.items()}),
+        steps=json_typed("steps", key["steps"], int),
+        sampler=json_typed("sampler", key["sampler"], str),
+        shift=json_number("shift", key["shift"]),
+        guidance=json_number("guidance", key["guidance"]),
+    )
+
+
+def json_fields(record: Any, name: str, expected: set[str]) -> dict[str, Any]:
+    """The record, a JSON object with exactly these fields; ValueError if it is not."""
     if not isinstance(record, dict) or set(record) != expected:
         raise ValueError(f"{name} must be an object with exactly {sorted(expected)}")
     return record
 
 
-def _typed(name: str, value: Any, kind: type) -> Any:
+def json_typed(name: str, value: Any, kind: type) -> Any:
+    """The value, if it is of that type, a bool being no int; ValueError otherwise."""
     if type(value) is not kind:
         raise ValueError(f"{name}={value!r:.40} must be a JSON value of type {kind.__name__}")
     return value
 
 
-def _number(name: str, value: Any) -> float:
+def json_number(name: str, value: Any) -> float:
+    """The value, if it is a finite number; ValueError otherwise."""
     if type(value) not in (int, float) or not abs(value) < 1e30:
         raise ValueError(f"{name}={value!r:.40} must be a finite number")
     return float(value)
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
-    return tuple(_number(name, value) for value in _typed(name, values, list))
+    return tuple(json_number(name, value) for value in json_typed(name, values, list))
