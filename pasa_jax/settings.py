@@ -125,7 +125,7 @@ class Card:
 
 
 def check_policy(policy: Policy, card: Card, settings: Settings, curve: Any) -> None:
-    """Raises ValueError for layers the model lacks, or a curve not of these settings or not read.
+    """Raises ValueError for layers the model lacks, or records of other settings or not read.
 
     Args:
         policy: attention method.
@@ -138,6 +138,7 @@ def check_policy(policy: Policy, card: Card, settings: Settings, curve: Any) -> 
         raise ValueError(
             f"dense_layers={policy.dense_layers} must be below {depth}, the layers of {card.name}"
         )
+    policy.check_setting(card.curve_key(settings))
     if curve is None:
         return
     if not policy.reads_curve:

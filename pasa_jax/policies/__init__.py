@@ -12,15 +12,23 @@ import difflib
 from typing import Any
 
 from pasa_jax.policies.base import AttentionShape, Context, Plan, Policy, Rectification
+from pasa_jax.policies.compact import Compact, CompactMasks
 from pasa_jax.policies.dense import Dense
 from pasa_jax.policies.pasa import Pasa
 from pasa_jax.policies.pisa import Pisa
 
-POLICIES: dict[str, type] = {"dense": Dense, "pisa": Pisa, "pasa": Pasa}
+POLICIES: dict[str, type] = {
+    "dense": Dense,
+    "pisa": Pisa,
+    "pasa": Pasa,
+    "compact": Compact,
+}
 
 __all__ = [
     "POLICIES",
     "AttentionShape",
+    "Compact",
+    "CompactMasks",
     "Context",
     "Dense",
     "Pasa",

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pasa_jax.budget import OnlineBudget
+from pasa_jax.calibration import CurveKey
 from pasa_jax.grid import TokenGrid
 from pasa_jax.pallas_kernels.blocks import BlockIndex, BlockStatistics
 
@@ -138,6 +139,12 @@ class Policy:
     def reads_curve(self) -> bool:
         """Whether a recorded velocity curve changes the budgets; here False: they are constant."""
         return False
+
+    def check_setting(self, key: CurveKey) -> None:
+        """Raises ValueError if the policy cannot run in that setting; here it can in any.
+
+        Called before a model is loaded, for policies that hold records of one setting.
+        """
 
     def modes(self, num_steps: int) -> tuple[str, ...]:
         """Per denoising step a name; the sampler compiles one function per name.

@@ -268,12 +268,15 @@ def test_make_policy_sets_parameters():
     assert make_policy("pasa", density=0.3, noise="none") == Pasa(density=0.3, noise="none")
 
 
+NAMES = ", ".join(POLICIES)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("pissa", {}, "policy='pissa' must be one of dense, pisa, pasa; nearest is 'pisa'"),
-        ("PASA", {}, "policy='PASA' must be one of dense, pisa, pasa; nearest is 'pasa'"),
-        ("zzz", {}, "policy='zzz' must be one of dense, pisa, pasa$"),
+        ("pissa", {}, f"policy='pissa' must be one of {NAMES}; nearest is 'pisa'"),
+        ("PASA", {}, f"policy='PASA' must be one of {NAMES}; nearest is 'pasa'"),
+        ("zzz", {}, f"policy='zzz' must be one of {NAMES}$"),
         ("pisa", {"densty": 0.1}, "pisa parameter 'densty' must be one of .*nearest is 'density'"),
     ],
 )

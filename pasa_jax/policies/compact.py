@@ -1,0 +1,405 @@
+"""Compact Attention (arXiv:2508.12969): windows per head and frame distance, searched offline."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pasa_jax import routing
+from pasa_jax.calibration import CurveKey, json_fields, json_key, json_number, json_typed
+from pasa_jax.grid import TokenGrid, tile_of, tile_order
+from pasa_jax.pallas_kernels.blocks import BlockIndex, block_lengths
+from pasa_jax.policies.base import (
+    AttentionShape,
+    Context,
+    Plan,
+    Policy,
+    check_density,
+    dense_prefix_steps,
+)
+from pasa_jax.video import atomic
+
+EMPTY = (-1, -1, -1, -1)
+_MAX_TILES = 128  # along an axis: half-extents are int8
+_MAX_BYTES = 1 << 25  # the masks of Wan 14B are a megabyte
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactMasks:
+    """Searched windows of every layer, step bucket, head and frame group.
+
+    A window (a, b, c, d) lets a query tile see the key tiles with |dx| ≤ a and |dy| ≤ d, or
+    |dx| ≤ c and |dy| ≤ b; (-1, -1, -1, -1) sees none. A rectangle has c = a and d = b, every other
+    window c < a and d < b. Windows are cut off at the video's edges.
+
+    Attributes:
+        key: the setting they were searched in.
+        tile: frames, rows and columns of a tile, in tokens.
+        first: the first sparse step, and the first of bucket 0.
+        reuse: consecutive steps that share a bucket.
+        signed: frame groups are t' − t in −(Nt−1)..Nt−1, the key's less the query's tile; False:
+            |t' − t| in 0..Nt−1.
+        min_recall, max_cost: what the search was asked for (`compact_search.Criterion`), resolved.
+        prompts: how many the windows cover.
+        shape: [layers, buckets, heads, groups, 4].
+        windows: int8 of that shape.
+
+    Raises:
+        ValueError: a field out of range, or windows that do not fit the grid.
+    """
+
+    key: CurveKey
+    tile: tuple[int, int, int]
+    first: int
+    reuse: int
+    signed: bool
+    min_recall: float
+    max_cost: float
+    prompts: int
+    shape: tuple[int, int, int, int, int] = dataclasses.field(repr=False)
+    windows: bytes = dataclasses.field(repr=False)
+
+    def __post_init__(self):
+        for name in ("reuse", "prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.first < self.key.steps:
+            raise ValueError(f"first={self.first} must be from 0 to {self.key.steps - 1}")
+        buckets = -(-(self.key.steps - self.first) // self.reuse)
+        groups = group_index(self.tiles[0], self.signed).max() + 1
+        want = (self.shape[0], buckets, self.shape[2], groups, 4)
+        if self.shape != want or len(self.windows) != math.prod(want) or not self.windows:
+            raise ValueError(
+                f"windows of {self.shape}, {len(self.windows)} bytes, must be [layers, buckets, "
+                f"heads, groups, 4] = {want}"
+            )
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        a, b, c, d = np.moveaxis(self.table, -1, 0)
+        _, rows, columns = self.tiles
+        live = (0 <= c) & (0 <= d) & (a < columns) & (b < rows)
+        live &= ((c < a) & (d < b)) | ((c == a) & (d == b))
+        empty = (self.table == -1).all(-1)
+        empty[..., near_group(self.tiles[0], self.signed)] = False  # a tile must see itself
+        if not (live | empty).all():
+            place = tuple(np.argwhere(~(live | empty))[0].tolist())
+            raise ValueError(
+                f"window {tuple(self.table[place].tolist())} of layer, bucket, head, group {place} "
+                f"must be (a, b, c, d) with c < a < {columns} and d < b < {rows}, or c = a and "
+                "d = b, or -1 throughout in another frame than the query's"
+            )
+
+    @functools.cached_property
+    def table(self) -> np.ndarray:
+        """int8 [layers, buckets, heads, groups, 4]."""
+        return np.frombuffer(self.windows, np.int8).reshape(self.shape)
+
+    @functools.cached_property
+    def tiles(self) -> tuple[int, int, int]:
+        """Nt, Ny, Nx: tiles along the axes."""
+        return tile_grid(self.key.grid, self.tile)
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """int32 [layers, buckets, heads, Nt, Ny, Nx], key tiles that each query tile sees."""
+        return visible_tiles(self.table, self.tiles, self.signed)
+
+    @property
+    def density(self) -> float:
+        """Share of the video's key tiles seen in sparse steps, mean over layers, steps, heads."""
+        bucket = (np.arange(self.first, self.key.steps) - self.first) // self.reuse
+        return float(self.counts[:, bucket].mean() / math.prod(self.tiles))
+
+    def check(self, key: CurveKey) -> None:
+        """Raises ValueError, naming both settings, unless the masks were searched in this one."""
+        if self.key != key:
+            raise ValueError(
+                f"the masks were searched for {self.key}, not for {key}: search for it with "
+                "`pasa-jax search compact`, or sample without masks"
+            )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes JSON, beside the target first, so that no reader sees half a file."""
+        record = dataclasses.asdict(self)
+        del record["shape"]
+        record["windows"] = self.table.tolist()
+        with atomic(path) as temporary:
+            text = json.dumps({"format": _FORMAT, **record}, separators=(",", ":"))
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "CompactMasks":
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file does not hold masks; the message says what is wrong.
+            OSError: the file cannot be read.
+        """
+        try:
+            with open(path, "rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+            if len(data) > _MAX_BYTES:
+                raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+            return _from_json(json.loads(data))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)!r} does not hold masks: {error}") from error
+
+
+def _from_json(record: Any) -> CompactMasks:
+    """Masks from parsed JSON, every field of its type; ValueError says which is not."""
+    names = {field.name for field in dataclasses.fields(CompactMasks)} - {"shape"}
+    fields = json_fields(record, "the file", names | {"format"})
+    if fields["format"] != _FORMAT:
+        raise ValueError(f"format={fields['format']!r} must be {_FORMAT}")
+    tile = tuple(json_typed("tile", size, int) for size in json_typed("tile", fields["tile"], list))
+    if len(tile) != 3:
+        raise ValueError(f"{tile=} must be three numbers")
+    table = np.asarray(json_typed("windows", fields["windows"], list))
+    if table.ndim != 5 or table.dtype.kind != "i" or not (abs(table) < 128).all():
+        raise ValueError("windows must be whole numbers [layers, buckets, heads, groups, 4]")
+    return CompactMasks(
+        key=json_key(fields["key"]),
+        tile=tile,
+        **{name: json_typed(name, fields[name], int) for name in ("first", "reuse", "prompts")},
+        signed=json_typed("signed", fields["signed"], bool),
+        **{name: json_number(name, fields[name]) for name in ("min_recall", "max_cost")},
+        shape=table.shape,
+        windows=table.astype(np.int8).tobytes(),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compact(Policy):
+    """Each head sees two rectangles of tiles around the query's, by frame distance; no tail.
+
+    A query block and a key block are one tile of tokens, and the sequence runs tile by tile. The
+    masks come from `pasa-jax search compact` and belong to one model, grid and schedule; one mask
+    serves `masks.reuse` steps. The first of them follows the masks' own dense steps; under a
+    shorter `dense_prefix` their first bucket serves the steps before as well.
+
+    The paper publishes neither tile nor frame groups, reuse interval or cost unit; here a tile is
+    3 × 8 × 8 tokens where the grid is a multiple, a group is a distance in tiles of frames, and the
+    interval is 5 steps (the search's own choices stand at `compact_search.Criterion`).
+
+    Attributes:
+        masks: searched windows. None: a plain local window for all layers, heads and steps.
+        density: without masks, the share of key tiles that the window keeps at least: it grows from
+            the query's own tile, always along the axis where it reaches the least share of the
+            grid, until it does. Masks bring their own density, and then this is not read.
+        dense_prefix: the paper's 15 of 50 steps.
+        block_q, block_kv: tokens of a tile; equal. Without masks the tile is `grid.tile_of`'s.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    masks: CompactMasks | None = None
+    density: float = 0.38  # what the paper's masks keep of HunyuanVideo, sparsity 62.36 %
+    dense_prefix: float = 0.3
+    dense_layers: tuple[int, ...] = ()
+    block_q: int = 192
+    block_kv: int = 192
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_density("density", self.density)
+        if self.block_q != self.block_kv:
+            raise ValueError(
+                f"block_q={self.block_q} must be block_kv={self.block_kv}: a block is a tile"
+            )
+        if self.masks is not None and self.block_kv != math.prod(self.masks.tile):
+            raise ValueError(
+                f"block_kv={self.block_kv} must be the tokens of the masks' tile "
+                f"{self.masks.tile}, {math.prod(self.masks.tile)}"
+            )
+
+    def check_setting(self, key: CurveKey) -> None:
+        """Raises ValueError for masks of another setting, or a grid that no such tile divides."""
+        if self.masks is not None:
+            self.masks.check(key)
+        self._tile(key.grid)
+
+    def budgets(
+        self, num_steps: int, num_blocks: int, curve: Sequence[float] | np.ndarray | None = None
+    ) -> np.ndarray:
+        """int32 [num_steps], key blocks that the masks keep, mean over layers, heads and tiles.
+
+        Rounded up. Without masks density · num_blocks, which the window reaches or exceeds; the
+        exact number depends on the grid, and every step's record has it.
+        """
+        if self.masks is None:
+            sparse = np.full(num_steps, self.max_budget(num_steps, num_blocks), np.int32)
+        else:
+            mean = np.ceil(self.masks.counts.mean((0, 2, 3, 4, 5))).astype(np.int32)
+            text = num_blocks - math.prod(self.masks.tiles)
+            sparse = mean[self._bucket(np.arange(num_steps))] + np.int32(text)
+        sparse[: dense_prefix_steps(self.dense_prefix, num_steps)] = num_blocks
+        return sparse
+
+    def max_budget(
+        self, num_steps: int, num_blocks: int, curve: Sequence[float] | np.ndarray | None = None
+    ) -> int:
+        """The most key blocks that any query tile sees; without masks the window's least."""
+        if self.masks is None:
+            return math.ceil(round(self.density * num_blocks, 6))
+        return int(self.masks.counts.max()) + num_blocks - math.prod(self.masks.tiles)
+
+    def token_order(self, grid: TokenGrid) -> np.ndarray | None:
+        """Whole tiles one after another."""
+        return tile_order(grid, self._tile(grid))
+
+    def init_state(self, shape: AttentionShape) -> Any:
+        """(): masks are constants.
+
+        Raises:
+            ValueError: the masks are of another number of layers or heads, or of another grid.
+        """
+        if self.masks is not None:
+            self._tile(shape.grid)
+            layers, _, heads, _, _ = self.masks.shape
+            if (layers, heads) != (shape.layers, shape.heads):
+                raise ValueError(
+                    f"masks of {layers=} and {heads=} must have the model's {shape.layers} "
+                    f"layers and {shape.heads} heads"
+                )
+        return ()
+
+    def plan(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S N H"],
+        v: Float[Array, "B S N H"],
+        context: Context,
+        state: Any,
+    ) -> tuple[Plan, Any]:
+        """The tiles of the layer's and bucket's windows, and all text blocks."""
+        grid = context.need_grid(self)
+        tiles = tile_grid(grid, self._tile(grid))
+        if self.masks is None:
+            table = local_windows(tiles, self.density)
+            windows, counts = jnp.asarray(table)[None], visible_tiles(table, tiles, False)
+            signed = False
+        else:
+            table, counts = jnp.asarray(self.masks.table), self.masks.counts
+            windows = table[context.layer, self._bucket(context.step)]
+            signed = self.masks.signed
+        text = int(grid.text_blocks(self.block_kv).sum())
+
+        def lists(windows: Int[Array, "G 4"]) -> BlockIndex:
+            mask = tile_mask(windows, tiles, signed)
+            mask = jnp.concatenate([mask, jnp.ones((len(mask), text), bool)], axis=1)
+            return routing.listed_blocks(mask[None, None], int(counts.max()) + text)
+
+        # One head at a time: all tiles by all tiles of every head would be large.
+        ids, count = jax.lax.map(lists, windows)
+        ids, count = jnp.moveaxis(ids[:, 0, 0], 0, 0)[None], count[:, 0, 0][None]
+        shape = (q.shape[0], q.shape[2], count.shape[2])
+        count = jnp.broadcast_to(count, shape) - self._padding(k, context, text)
+        return Plan(BlockIndex(jnp.broadcast_to(ids, (*shape, ids.shape[3])), count)), state
+
+    def _padding(self, k: jax.Array, context: Context, text: int) -> Int[Array, "_ 1 1"]:
+        """Text blocks of padding alone, which stand last in every list."""
+        length = block_lengths(k.shape[1], self.block_kv, context.kv_length, k.shape[0])
+        dead = length[:, length.shape[1] - text :] == 0
+        return dead.sum(1, dtype=jnp.int32)[:, None, None]
+
+    def _bucket(self, step: Any) -> Any:
+        """The bucket of a step; of steps before the masks' first one, bucket 0."""
+        masks = self.masks
+        return (step - masks.first).clip(0, masks.key.steps - 1 - masks.first) // masks.reuse
+
+    def _tile(self, grid: TokenGrid) -> tuple[int, int, int]:
+        """Tokens of a tile along the axes."""
+        if self.masks is None:
+            return tile_of(grid, self.block_kv)
+        if self.masks.key.grid != grid:
+            raise ValueError(f"masks for {self.masks.key.grid} must be for {grid}")
+        return self.masks.tile
+
+
+def tile_grid(grid: TokenGrid, tile: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Nt, Ny, Nx: tiles along the axes.
+
+    Raises:
+        ValueError: the tile does not divide the grid, or an axis has more than 128.
+    """
+    if any(part < 1 or size % part for size, part in zip(grid.sizes, tile, strict=True)):
+        raise ValueError(f"{tile=} must divide the grid {grid.sizes}")
+    tiles = tuple(size // part for size, part in zip(grid.sizes, tile, strict=True))
+    if max(tiles) > _MAX_TILES:
+        raise ValueError(f"{tile=} makes {tiles} tiles of the grid, must be at most {_MAX_TILES}")
+    return tiles
+
+
+def group_index(frames: int, signed: bool) -> np.ndarray:
+    """int [Nt, Nt], the frame group of query tile frame t and key tile frame t'."""
+    distance = np.arange(frames)[None, :] - np.arange(frames)[:, None]
+    return distance + frames - 1 if signed else abs(distance)
+
+
+def near_group(frames: int, signed: bool) -> int:
+    """The group of the query's own tile frame."""
+    return int(group_index(frames, signed)[0, 0])
+
+
+def tile_mask(
+    windows: Int[Array, "G 4"], tiles: tuple[int, int, int], signed: bool
+) -> Bool[Array, "I J"]:
+    """Which key tiles every query tile sees, both in the order of `grid.tile_order`."""
+    frames, rows, columns = tiles
+    reach = windows.astype(jnp.int32)[group_index(frames, signed)]
+    a, b, c, d = jnp.moveaxis(reach, -1, 0)  # [Nt, Nt]
+
+    def near(reach, size):
+        distance = abs(np.arange(size)[None, :] - np.arange(size)[:, None])
+        return jnp.asarray(distance, jnp.int32)[None, None] <= reach[:, :, None, None]
+
+    def window(x, y):
+        return near(y, rows)[..., None, None] & near(x, columns)[:, :, None, None]
+
+    return einops.rearrange(window(a, d) | window(c, b), "t s y v x u -> (t y x) (s v u)")
+
+
+def visible_tiles(
+    table: Int[np.ndarray, "*M G 4"], tiles: tuple[int, int, int], signed: bool
+) -> Int[np.ndarray, "*M Nt Ny Nx"]:
+    """Key tiles that each query tile sees, int32."""
+    frames, rows, columns = tiles
+
+    def inside(reach, size):
+        place, reach = np.arange(size), reach[..., None]
+        wide = np.minimum(place + reach, size - 1) - np.maximum(place - reach, 0) + 1
+        return np.maximum(wide, 0)  # [..., G, size]
+
+    a, b, c, d = np.moveaxis(table.astype(np.int32), -1, 0)
+    a, c = (inside(x, columns)[..., None, :] for x in (a, c))
+    b, d = (inside(y, rows)[..., :, None] for y in (b, d))
+    plane = (a * d + c * b - c * d).astype(np.int32)
+    groups = group_index(frames, signed)
+    times = (groups[..., None] == np.arange(table.shape[-2])).sum(1, dtype=np.int32)
+    return np.einsum("tg,...gyx->...tyx", times, plane)
+
+
+def local_windows(tiles: tuple[int, int, int], density: float) -> Int[np.ndarray, "G 4"]:
+    """The smallest of a row of growing boxes that keeps `density` of the tiles, int8."""
+    reach = [0, 0, 0]
+    while True:
+        frames, rows, columns = reach
+        box = np.array([columns, rows, columns, rows], np.int8)
+        table = np.where(np.arange(tiles[0])[:, None] <= frames, box, np.int8(-1))
+        if visible_tiles(table, tiles, False).mean() >= density * math.prod(tiles) - 1e-6:
+            return table
+        # Ties go to columns, then rows: the nearest frames' tiles first.
+        growing = [axis for axis in (2, 1, 0) if reach[axis] < tiles[axis] - 1]
+        reach[min(growing, key=lambda axis: (reach[axis] + 1) / tiles[axis])] += 1
