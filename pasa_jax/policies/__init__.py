@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 from typing import Any
 
+from pasa_jax.policies.adaspa import AdaSpa
 from pasa_jax.policies.base import AttentionShape, Context, Plan, Policy, Rectification
 from pasa_jax.policies.compact import Compact, CompactMasks
 from pasa_jax.policies.dense import Dense
@@ -21,11 +22,13 @@ POLICIES: dict[str, type] = {
     "dense": Dense,
     "pisa": Pisa,
     "pasa": Pasa,
+    "adaspa": AdaSpa,
     "compact": Compact,
 }
 
 __all__ = [
     "POLICIES",
+    "AdaSpa",
     "AttentionShape",
     "Compact",
     "CompactMasks",
