@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -119,6 +119,7 @@ class Pipeline:
         negative_states: Float[np.ndarray, "U D"] | None = None,
         curve: VelocityCurve | None = None,
         progress: bool = True,
+        observe: Callable[[int, Float[Array, "P F Y X C"]], None] | None = None,
         **settings,
     ) -> Result:
         """Samples one video a prompt.
@@ -134,6 +135,7 @@ class Pipeline:
             curve: recorded by `calibrate` in these very settings, shares the budget over the
                 steps; None shares it equally.
             progress: show a bar with seconds and density of each step.
+            observe: called with each step's number and the latents that it ended in.
             settings: fields of `Settings`; those not given are the card's.
 
         Returns:
@@ -152,7 +154,7 @@ class Pipeline:
         check_policy(policy, self.card, chosen, curve)
         text = self.encode(prompts, negative_prompt, chosen.guidance, states, negative_states)
         mean = None if curve is None else curve.mean
-        latents, record = self.sample(text, seeds, policy, chosen, mean, progress)
+        latents, record = self.sample(text, seeds, policy, chosen, mean, progress, observe)
         frames = None if self.codec is None else to_frames(self.codec.decode(latents))
         asked = (tuple(prompts), tuple(seeds), chosen, policy)
         return Result(frames, np.asarray(latents), *asked, **record)
@@ -189,6 +191,7 @@ class Pipeline:
         settings: Settings,
         curve: Sequence[float] | None = None,
         progress: bool = False,
+        observe: Callable[[int, Float[Array, "P F Y X C"]], None] | None = None,
     ) -> tuple[Float[Array, "P F Y X C"], dict[str, np.ndarray]]:
         """Denoises from noise; returns latents and the record of the steps (see `Result`)."""
         steps = settings.steps
@@ -214,6 +217,8 @@ class Pipeline:
                 budget, state = budget.after(distance), record.state
                 bar.set_postfix_str(log.add(mode, exact, distance, record.density, began))
                 bar.update()
+                if observe is not None:
+                    observe(i, carry.latents)
         return carry.latents, log.arrays()
 
     def _shape(self, settings: Settings, batch: int) -> AttentionShape:
