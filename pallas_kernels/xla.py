@@ -19,7 +19,7 @@ from pasa_jax.pallas_kernels.blocks import (
     num_blocks,
     pad_axis,
 )
-from pasa_jax.pallas_kernels.tuning import tuned
+from pasa_jax.pallas_kernels.tuning import check_options, tuned
 
 # Scores held at once, in elements: small enough for a core's cache, large enough that XLA:CPU
 # splits the elementwise work over threads.
@@ -291,6 +291,7 @@ def block_sparse_attention(
     if options is None:
         case = dict(head_dim=h, block_q=block_q, block_kv=block_kv, dtype=q.dtype)
         options = tuned("xla", density=slots / lengths.shape[1], **case)
+    check_options("xla", options)
     few = max(1, options.get("tile_keys", TILE_KEYS) // block_kv // 4)
     chunks = (4 * few, few)
     rows = _balanced(query_blocks, options.get("tile_queries", TILE_QUERIES) // block_q)

@@ -155,10 +155,8 @@ def _tuning_line(case: tuning.Case) -> str:
     """The options in use, and where they come from."""
     found = tuning.find(case)
     if found.source is None:
-        known = (
-            "nothing tuned for this case" if tuning.tunable(case.implementation) else "no others"
-        )
-        return f"options: {case.implementation}'s defaults ({known})"
+        known = "nothing tuned here" if tuning.tunable(case.implementation) else "it has no others"
+        return f"options: {case.implementation}'s own ({known})"
     told = " ".join(f"{name}={value}" for name, value in found.options.items())
     return f"options: {told or 'the defaults, measured best'} (from {found.source})"
 

@@ -211,7 +211,7 @@ def tune(
     tokens: int = 32760,
     heads: int = 12,
     head_dim: tuple[int, ...] = (128,),
-    block_q: tuple[int, ...] = (64, 128),
+    block_q: tuple[int, ...] = (64, 128, 256),
     block_kv: tuple[int, ...] = (64, 128),
     density: tuple[float, ...] = (0.1, 0.15, 0.3),
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16",

@@ -182,6 +182,8 @@ def test_xla_runs_with_what_was_tuned(save, monkeypatch, problem):
         lowered = jax.jit(run).lower(q, k, v, blocks)
         return lowered.as_text(), lowered
 
+    with pytest.raises(ValueError, match="option 'stages' must be one of xla's"):
+        text(options={"stages": 2})
     own, program = text()
     assert own == text(options={})[0]
     save(content(case(16, 0.5), case(0, 0.9, options={"tile_queries": 32})))

@@ -7,7 +7,7 @@ import pytest
 
 from pasa_jax import bench, tune
 from pasa_jax.cli import main
-from pasa_jax.info import Setting, info, machine
+from pasa_jax.info import Setting, _tuning_line, info, machine
 from pasa_jax.pallas_kernels import api, tuning, xla
 
 SETTING = Setting(160, 2, 8, 0.3, 32, 16, "float32")
@@ -97,6 +97,19 @@ def test_writes_what_the_kernel_then_reads_and_info_and_bench_tell(small, capsys
     again = tune.tune(**TINY)
     assert again == file and small == [3]
     assert "measured already" in capsys.readouterr().out
+
+
+def test_info_tells_where_the_options_come_from(small, monkeypatch):
+    case = SETTING.case("xla")
+    assert _tuning_line(case) == "options: xla's own (nothing tuned here)"
+    monkeypatch.setattr(tune, "_measure", lambda *args: KEPT)
+    tune.tune(**TINY)
+    path = tuning.user_file("cpu")
+    assert _tuning_line(case) == f"options: the defaults, measured best (from {path})"
+    path.unlink()
+    tuning.clear()
+    monkeypatch.delattr(xla, "TUNABLE")
+    assert _tuning_line(case) == "options: xla's own (it has no others)"
 
 
 def test_measures_anew_on_another_commit(small, monkeypatch, tmp_path):
