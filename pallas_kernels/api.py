@@ -151,9 +151,15 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "mosaic_tpu": _kernel("mosaic_tpu", "block_sparse_attention"),
         "xla": xla.block_sparse_attention,
     },
-    "block_statistics": {"xla": xla.block_statistics},
-    "block_covariance_norm": {"xla": xla.block_covariance_norm},
-    "block_mass": {"xla": xla.block_mass},
+    "block_statistics": {
+        "triton": _kernel("triton_statistics", "block_statistics"),
+        "xla": xla.block_statistics,
+    },
+    "block_covariance_norm": {
+        "triton": _kernel("triton_statistics", "block_covariance_norm"),
+        "xla": xla.block_covariance_norm,
+    },
+    "block_mass": {"triton": _kernel("triton_mass", "block_mass"), "xla": xla.block_mass},
     "dense_attention": {"cudnn": _cudnn_dense_attention, "xla": xla.dense_attention},
 }
 # By platform, best first; an operation's table may lack some of them.
@@ -365,7 +371,7 @@ def block_statistics(
         block_kv: tokens per key block.
         group: blocks per group; the number of key blocks or more means one group.
         kv_length: valid keys of each batch row, from the start; None means all S.
-        implementation: "xla"; None picks the best that runs here.
+        implementation: "triton" or "xla"; None picks the best that runs here.
 
     Returns:
         Statistics in float32 (float64 for float64 input). Tokens beyond kv_length count nowhere;
@@ -412,7 +418,7 @@ def block_covariance_norm(
         kv_length: valid keys of each batch row, from the start; None means all S.
         statistics: `block_statistics` of the same operands, which spares a pass; its group is
             `group`, or any where `group` spans all blocks.
-        implementation: "xla"; None picks the best that runs here.
+        implementation: "triton" or "xla"; None picks the best that runs here.
 
     Returns:
         Frobenius norms in float32 (float64 for float64 input); 0 for a block with no valid token.
@@ -462,7 +468,7 @@ def block_mass(
         top: key blocks kept of each query block, from 1 to all J.
         kv_length: valid keys of each batch row, from the start; None means all S.
         scale: factor on q·k; None means H^-1/2.
-        implementation: "xla"; None picks the best that runs here.
+        implementation: "triton" or "xla"; None picks the best that runs here.
 
     Returns:
         The heaviest key blocks with their masses, and the total. Sums run in float32 (float64 for
