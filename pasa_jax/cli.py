@@ -6,6 +6,7 @@ import difflib
 import functools
 import io
 import itertools
+import math
 import re
 import sys
 import time
@@ -21,6 +22,7 @@ import tyro
 COMMANDS = {
     "generate": "make videos from prompts",
     "calibrate": "record the velocity curve that shares PASA's budget over the steps",
+    "search": "search compact: find the windows that a model's heads need, for Compact Attention",
     "convert": "turn a PyTorch checkpoint of Wan into one of Flax",
     "check": "count what tiny's videos get right, under dense attention, PISA and PASA",
     "bench": "bench attention: time sparse against dense attention on this machine",
@@ -59,7 +61,7 @@ def _usage() -> str:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    functions = (generate, calibrate, convert, check, bench, tune, info)
+    functions = (generate, calibrate, search, convert, check, bench, tune, info)
     table = dict(zip(COMMANDS, functions, strict=True))
     if name not in table:
         raise ValueError(f"command={name!r} must be one of {_choices(name, list(table))}")
@@ -256,13 +258,17 @@ def _job(options: Any, policy_class: type) -> Job:
 
     policy_options = getattr(options, policy_class.__name__.lower())
     block_q, block_kv = options.block_q, options.block_kv
+    parameters = vars(policy_options)
+    if parameters.get("masks") is not None:
+        parameters = {**parameters, "masks": _masks(parameters["masks"])}
+        block_q = math.prod(parameters["masks"].tile) if block_q is None else block_q
     # Before the card: a bad density is told even where there is no such model.
-    policy_class(**vars(policy_options))
+    policy_class(**{**parameters, "masks": None} if "masks" in parameters else parameters)
     card = read_card(options.model)
     settings = options.settings(card)
     block_q = card.block(settings) if block_q is None else block_q
     block_kv = block_q if block_kv is None else block_kv
-    policy = policy_class(**vars(policy_options), block_q=block_q, block_kv=block_kv)
+    policy = policy_class(**parameters, block_q=block_q, block_kv=block_kv)
     tokens = card.grid(settings).num_tokens
     if max(block_q, block_kv) > tokens:
         raise ValueError(f"{block_q=} and {block_kv=} must be at most the video's {tokens=}")
@@ -285,18 +291,24 @@ def _with_policy(base: type, argv: list[str]) -> tuple[type, type]:
 
     named = re.search(r"(?:^|\0)--policy[=\0]([^\0]*)", "\0".join(argv))
     policy = type(make_policy(named[1] if named else base.policy))
+    # Searched masks come from a file.
+    types = {"masks": Annotated[Path | None, _of("FILE")]}
     fields = [
-        (field.name, field.type, dataclasses.field(default=field.default))
+        (field.name, types.get(field.name, field.type), dataclasses.field(default=field.default))
         for field in dataclasses.fields(policy)
         if field.name not in ("block_q", "block_kv")  # their default is the card's
     ]
     name = policy.__name__.lower()
     doc = {"__doc__": policy.__doc__}
     own = dataclasses.make_dataclass(policy.__name__, fields, namespace=doc, frozen=True)
+    return _nested(base, name, own), policy
+
+
+def _nested(base: type, name: str, own: type) -> type:
+    """Options with those of another dataclass, which stand in the field `name`."""
     field = (name, tyro.conf.OmitArgPrefixes[own], dataclasses.field(default_factory=own))
     doc = {"__doc__": base.__doc__}
-    full = dataclasses.make_dataclass("Options", [field], bases=(base,), namespace=doc, frozen=True)
-    return full, policy
+    return dataclasses.make_dataclass("Options", [field], bases=(base,), namespace=doc, frozen=True)
 
 
 def _parse_size(size: str | None) -> tuple[int | None, int | None]:
@@ -369,10 +381,21 @@ def _slug(prompt: str) -> str:
 def _curve(path: Path) -> Any:
     from pasa_jax.calibration import VelocityCurve
 
+    return _read("curve", VelocityCurve, path)
+
+
+def _masks(path: Path) -> Any:
+    from pasa_jax.policies import CompactMasks
+
+    return _read("masks", CompactMasks, path)
+
+
+def _read(name: str, kind: Any, path: Path) -> Any:
+    """What `kind.save` wrote; a file that cannot be read is told in one line."""
     try:
-        return VelocityCurve.load(path)
+        return kind.load(path)
     except OSError as error:
-        raise ValueError(f"curve={str(path)!r} could not be read: {error.strerror}") from error
+        raise ValueError(f"{name}={str(path)!r} could not be read: {error.strerror}") from error
 
 
 def _write(result: Any, targets: list[Path], fps: float) -> None:
@@ -421,19 +444,10 @@ def calibrate(argv: list[str]) -> None:
     """pasa-jax calibrate: a velocity curve from dense sampling."""
     options = _parse(Calibrate, "calibrate", argv, "Records a velocity curve by dense sampling.")
     with _refusing("pasa-jax calibrate"):
-        from pasa_jax.settings import read_card
-        from pasa_jax.video import check_target
-
-        card = read_card(options.model)
-        settings = options.settings(card)
+        card, settings, options, states, negative = _recording(options, 10)
         if settings.steps < 2:
             raise ValueError(f"steps={settings.steps} must be at least 2: one has no distance")
-        if card.complete and not options.prompts:
-            from pasa_jax.models.tiny.check import prompts
-
-            options = dataclasses.replace(options, prompts=tuple(prompts(10)))
-        states, negative = _texts(options, card, settings)
-        plot = check_target(options.out, (".json",)).with_suffix(".png")
+        plot = options.out.with_suffix(".png")
     from pasa_jax import pipeline
     from pasa_jax.video import atomic
 
@@ -450,6 +464,71 @@ def calibrate(argv: list[str]) -> None:
     with atomic(plot) as temporary:
         curve.plot(temporary)
     print(f"wrote {options.out} and {plot}: {settings.steps} steps, {curve.prompts} prompts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search(Sampling):
+    """Options of `pasa-jax search compact`.
+
+    Attributes:
+        prompts: to cover, others than those to be made, four or more; tiny has four of its own.
+        prompt_states: text states of the prompts, as in `pasa-jax generate`.
+        out: JSON file. What is found stays in a folder beside it, ending in .parts, until the
+            search is complete: the same command goes on after an interruption.
+    """
+
+    prompts: Prompts = ()
+    prompt_states: Annotated[tuple[Path, ...], _of("FILE ...")] = ()
+    out: Path = Path("masks.json")
+
+
+def search(argv: list[str]) -> None:
+    """pasa-jax search compact: Compact Attention's masks from dense sampling."""
+    with _refusing("pasa-jax search"):
+        what = argv[0] if argv else ""
+        if what != "compact":
+            raise ValueError(f"{what!r} must be compact, as in: pasa-jax search compact")
+    from pasa_jax import compact_search
+
+    about = "Searches the windows that each head needs, by dense sampling."
+    options_class = _nested(Search, "criterion", compact_search.Criterion)
+    options = _parse(options_class, "search compact", argv[1:], about)
+    with _refusing("pasa-jax search compact"):
+        card, settings, options, states, negative = _recording(options, 4)
+        compact_search.Search.start(card, settings, options.criterion)
+    parts = compact_search.Parts(options.out.with_suffix(".parts"))
+    masks, recall = compact_search.search_masks(
+        _load("search compact", card),
+        list(options.prompts),
+        criterion=options.criterion,
+        parts=parts,
+        negative_prompt=options.negative_prompt,
+        states=None if states is None else list(states),
+        negative_states=negative,
+        progress=options.progress,
+        **dataclasses.asdict(settings),
+    )
+    masks.save(options.out)
+    parts.clear()
+    print(
+        f"wrote {options.out}: {masks.prompts} prompts, density {masks.density:.3f} in sparse "
+        f"steps, recall of a prompt's own windows {recall.mean():.3f}, at least {recall.min():.3f}"
+    )
+
+
+def _recording(options: Any, number: int) -> tuple[Any, Any, Any, Any, Any]:
+    """Card, settings, options with prompts, and texts of a command that records dense runs."""
+    from pasa_jax.settings import read_card
+    from pasa_jax.video import check_target
+
+    card = read_card(options.model)
+    settings = options.settings(card)
+    if card.complete and not options.prompts:
+        from pasa_jax.models.tiny.check import prompts
+
+        options = dataclasses.replace(options, prompts=tuple(prompts(number)))
+    check_target(options.out, (".json",))
+    return card, settings, options, *_texts(options, card, settings)
 
 
 @dataclasses.dataclass(frozen=True)
