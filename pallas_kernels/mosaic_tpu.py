@@ -1,8 +1,9 @@
-"""TPU kernel: one head's keys and values stay in VMEM, listed blocks are read by dynamic slices."""
+"""TPU kernel: one head's keys and values in VMEM, or its listed blocks gathered from HBM."""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,14 @@ from pasa_jax.pallas_kernels.blocks import (
     num_blocks,
     pad_axis,
 )
+from pasa_jax.pallas_kernels.mosaic_tpu_gather import (
+    Ring,
+    append_following,
+    fill,
+    ring_shapes,
+    wait,
+)
+from pasa_jax.pallas_kernels.tuning import check_options, tuned
 
 LANES = 128
 HEAD_SIZES = (64, 96, 128, 256)
@@ -28,6 +37,7 @@ KEY_BLOCKS = (64, 128)
 CHUNK_KEYS = 2048
 # Block means a step of the tail, in tiles of 128; the steps are unrolled.
 TAIL_TILES = 5
+TUNABLE = {"chunk_keys": (512, 1024, 2048, 4096), "tail_tiles": (1, 2, 4, 5, 8)}
 # Words before a row's ids: its count, and the end of the valid keys.
 HEADER = 2
 # exp2 of a masked score is exactly 0 even where no key was seen: the maximum starts above it.
@@ -46,6 +56,8 @@ class _Config:
     slots: int  # listed blocks a chunk
     factor: float  # on q·k, for exp2
     group: int  # key blocks of one first-order matrix, cut at a tile's 128
+    tail_tiles: int  # tiles a step of the tail
+    gather: bool = False  # listed blocks come from HBM, because VMEM does not hold a head
 
 
 class _State(NamedTuple):
@@ -96,25 +108,30 @@ def _penalty(limits: list[Array], block_kv: int) -> Array:
     return jnp.concatenate(tiles, axis=1)
 
 
-def _chunk(
-    q: Array, k_ref: Any, v_ref: Any, row_ref: Any, words_ref: Any, first: Array, config: _Config
-) -> _State:
-    """Softmax over the slots from `first` on; with a tail their blocks are marked as listed."""
-    size = config.block_kv
+def _listed_blocks(row_ref: Any, first: Array, slots: int) -> list[Array]:
+    """Key blocks in a row's slots from `first` on."""
+    return [row_ref[0, HEADER + first + slot] for slot in range(slots)]
+
+
+def _limits(row_ref: Any, first: Array, blocks: list[Array], size: int) -> list[Array]:
+    """Valid tokens in each of the blocks, which stand in the slots from `first` on."""
     count, end = row_ref[0, 0], row_ref[0, 1]
-    starts, limits = [], []
-    for slot in range(config.slots):
-        block = row_ref[0, HEADER + first + slot]
-        start = block * size
-        starts.append(pl.ds(pl.multiple_of(start, size), size))
-        limits.append(jnp.where(first + slot < count, jnp.minimum(end - start, size), 0))
-        if words_ref:
-            word = lax.shift_right_logical(block, 5)
-            words_ref[0][word] = words_ref[0][word] | lax.shift_left(jnp.int32(1), block & 31)
-    keys, values = (
-        jnp.concatenate([ref[start, :] for start in starts], axis=0) for ref in (k_ref, v_ref)
-    )
-    scores = _dot(q, keys, (1, 1)) + _penalty(limits, size)
+    return [
+        jnp.where(first + slot < count, jnp.minimum(end - block * size, size), 0)
+        for slot, block in enumerate(blocks)
+    ]
+
+
+def _mark(words_ref: Any, blocks: list[Array]) -> None:
+    """Sets the bits of the blocks."""
+    for block in blocks:
+        word = lax.shift_right_logical(block, 5)
+        words_ref[word] = words_ref[word] | lax.shift_left(jnp.int32(1), block & 31)
+
+
+def _chunk(q: Array, keys: Array, values: Array, limits: list[Array], config: _Config) -> _State:
+    """Softmax over the blocks of a chunk, keys and values [W, H]."""
+    scores = _dot(q, keys, (1, 1)) + _penalty(limits, config.block_kv)
     top = _lanes(jnp.maximum(jnp.max(scores, axis=1, keepdims=True), LOWEST))
     weights = jnp.exp2(scores - _fit(top, scores.shape[1]))
     mass = sum(weights[:, at : at + LANES] for at in range(0, weights.shape[1], LANES))
@@ -185,17 +202,66 @@ def _attend_tail(q: Array, tail: _Tail, words_ref: Any, config: _Config) -> _Sta
     )
     tiles = tail.mean.shape[0] // LANES
     for start in range(0, tiles, TAIL_TILES):
-        step = range(start, min(start + TAIL_TILES, tiles))
+        step = range(start, min(start + config.tail_tiles, tiles))
         state = _add_tail(state, q, tail, words_ref, step, config)
     top, mass = (jnp.broadcast_to(x, (LANES, rows)).T for x in state[:2])
     return _State(top, mass, state.out.T)
+
+
+def _read(k_ref: Any, v_ref: Any, blocks: list[Array], size: int) -> list[Array]:
+    """Keys and values of the blocks of a head in VMEM, joined."""
+    places = [pl.ds(pl.multiple_of(block * size, size), size) for block in blocks]
+    return [jnp.concatenate([ref[place, :] for place in places], axis=0) for ref in (k_ref, v_ref)]
+
+
+def _attend_listed(
+    q: Array,
+    row_ref: Any,
+    sources: tuple[Any, Any],
+    state: _State,
+    words_ref: Any,
+    ring: Ring | tuple[()],
+    config: _Config,
+) -> None:
+    """Adds a row's listed blocks to `state`, from a head in VMEM or through a ring; marks them."""
+    slots, size = 2 * config.slots, config.block_kv
+    bodies = _bodies(row_ref[0, 0], slots)
+    turn = ring.turn[0] if ring else 0
+
+    def body(i: Array, _: None) -> None:
+        first, half = i * slots, (turn + i) & 1
+        if ring:
+            fill(ring, 1 - half, _listed_blocks(row_ref, first + slots, slots), size, sources)
+            wait(ring, half)
+        blocks = _listed_blocks(row_ref, first, slots)
+        if words_ref:
+            _mark(words_ref[0], blocks)
+        limits = _limits(row_ref, first, blocks, size)
+        parts = []
+        for at in (0, config.slots):
+            chunk = slice(at, at + config.slots)
+            place = slice(chunk.start * size, chunk.stop * size)
+            if ring:
+                keys, values = ring.keys[half, place, :], ring.values[half, place, :]
+            else:
+                keys, values = _read(*sources, blocks[chunk], size)
+            parts.append(_chunk(q, keys, values, limits[chunk], config))
+        merged = _merge(_State(*(ref[...] for ref in state)), *parts)
+        for ref, value in zip(state, merged, strict=True):
+            ref[...] = value
+
+    lax.fori_loop(jnp.int32(0), bodies, body, None)
+    if ring:
+        ring.turn[0] = (turn + bodies) & 1
 
 
 def _kernel(
     row_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, tail: Any, *refs: Any, config: _Config
 ) -> None:
     """One query block: its listed key blocks, then the tail."""
-    *out_refs, state, words_ref = refs
+    *out_refs, state, words_ref, ring = refs
+    b, n, i = (pl.program_id(axis) for axis in range(3))
+    sources = (k_ref.at[b, n], v_ref.at[b, n]) if ring else (k_ref, v_ref)
     q = (q_ref[...].astype(jnp.float32) * config.factor).astype(q_ref.dtype)
     state.top[...] = jnp.full(state.top.shape, LOWEST, jnp.float32)
     state.mass[...] = jnp.zeros(state.mass.shape, jnp.float32)
@@ -204,17 +270,21 @@ def _kernel(
         for word in range(ref.shape[0]):
             ref[word] = jnp.int32(0)
 
-    def body(i: Array, _: None) -> None:
-        first = i * (2 * config.slots)
-        parts = [
-            _chunk(q, k_ref, v_ref, row_ref, words_ref, first + at, config)
-            for at in (0, config.slots)
-        ]
-        merged = _merge(_State(*(ref[...] for ref in state)), *parts)
-        for ref, value in zip(state, merged, strict=True):
-            ref[...] = value
+    if ring:
 
-    lax.fori_loop(jnp.int32(0), _bodies(row_ref[0, 0], 2 * config.slots), body, None)
+        @pl.when(i == 0)
+        def begin():
+            ring.turn[0] = jnp.int32(0)
+            blocks = _listed_blocks(row_ref, jnp.int32(0), 2 * config.slots)
+            fill(ring, jnp.int32(0), blocks, config.block_kv, sources)
+
+    _attend_listed(q, row_ref, sources, state, words_ref, ring, config)
+    if ring:
+
+        @pl.when(i == pl.num_programs(2) - 1)
+        def end():
+            wait(ring, ring.turn[0])
+
     total = _State(*(ref[...] for ref in state))
     total = total._replace(mass=_lanes(jnp.sum(total.mass, axis=1, keepdims=True)))
     if tail:
@@ -234,18 +304,22 @@ def _heads(x: Array, end: Array | None, tokens: int) -> Array:
     return pad_axis(jnp.swapaxes(x, 1, 2), 2, tokens)
 
 
-def _rows(blocks: BlockIndex, end: Array, key_blocks: int, slots: int) -> Array:
+def _rows(blocks: BlockIndex, end: Array, key_blocks: int, config: _Config) -> Array:
     """A query block's integers [B, N, I, 1, HEADER + slots]: count, end of the keys, ids.
 
     Slots that list nothing repeat the first id, which the row reads anyway: no NaN comes in.
     """
     b, n, i, most = blocks.ids.shape
-    count = jnp.clip(blocks.count, 0, most)[..., None]
+    body = 2 * config.slots
+    slots = num_blocks(most, body) * body
+    count = jnp.clip(blocks.count, 0, most)
     ids = jnp.clip(pad_axis(blocks.ids, 3, slots), 0, key_blocks - 1)
-    live = jnp.arange(slots, dtype=jnp.int32)[None, None, None, :] < count
+    live = jnp.arange(slots, dtype=jnp.int32)[None, None, None, :] < count[..., None]
     ids = jnp.where(live, ids, ids[..., :1])
+    if config.gather:
+        ids = append_following(ids, count, body)
     end = jnp.broadcast_to(end.astype(jnp.int32)[:, None, None, None], (b, n, i, 1))
-    return jnp.concatenate([count, end, ids], axis=3)[:, :, :, None]
+    return jnp.concatenate([count[..., None], end, ids], axis=3)[:, :, :, None]
 
 
 def _tail_operands(tail: BlockStatistics, order: int, dtype: jnp.dtype) -> tuple[Array, ...]:
@@ -272,16 +346,34 @@ def _configure(
     factor: float,
     tail: BlockStatistics | None,
     key_blocks: int,
+    options: Mapping[str, int],
 ) -> _Config:
     """Chunks that fit the lists, and one group that spans all blocks as whole tiles."""
     pairs = num_blocks(blocks.ids.shape[3], 2)
-    bodies = num_blocks(pairs * block_kv, CHUNK_KEYS)
+    bodies = num_blocks(pairs * block_kv, options["chunk_keys"])
     step = LANES // block_kv
     slots = num_blocks(num_blocks(pairs, bodies), step) * step
     group = LANES if tail is None else tail.group
     if group >= key_blocks:
         group = num_blocks(key_blocks, LANES) * LANES
-    return _Config(block_q, block_kv, slots, factor, group)
+    return _Config(block_q, block_kv, slots, factor, group, options["tail_tiles"])
+
+
+def _options(
+    options: Mapping[str, int] | None, q: Array, block_q: int, block_kv: int, density: float
+) -> dict[str, int]:
+    """The options asked for or measured best, and the defaults of the others."""
+    if options is None:
+        options = tuned(
+            "mosaic_tpu",
+            head_dim=q.shape[3],
+            block_q=block_q,
+            block_kv=block_kv,
+            density=density,
+            dtype=q.dtype,
+        )
+    check_options("mosaic_tpu", options)
+    return {"chunk_keys": CHUNK_KEYS, "tail_tiles": TAIL_TILES} | dict(options)
 
 
 def _check(q: Array, block_q: int, block_kv: int, blocks: int, tail: Any) -> None:
@@ -303,16 +395,18 @@ def _check(q: Array, block_q: int, block_kv: int, blocks: int, tail: Any) -> Non
 
 
 def _vmem_capacity() -> int:
-    """Bytes of VMEM of the TPU at hand; of v5e and v6e where the program is for another machine."""
-    if jax.default_backend() != "tpu":
+    """Bytes of VMEM of the TPU at hand or compiled for; of v5e and v6e where none is named."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
         return 128 * MIB
-    return pltpu.get_tpu_info().vmem_capacity_bytes
 
 
 def _vmem_bytes(config: _Config, k: Array, tail: tuple[Any, ...]) -> tuple[int, int]:
     """VMEM one program cannot do without, and ample room for the chunks at work."""
     padded = num_blocks(k.shape[3], LANES) * LANES
-    resident = 2 * k.shape[2] * padded * k.dtype.itemsize
+    held = 4 * config.slots * config.block_kv if config.gather else k.shape[2]
+    resident = 2 * held * padded * k.dtype.itemsize
     for x in jax.tree.leaves(tail):
         resident += (
             math.prod(x.shape[-2 if x.ndim < 5 else -3 : -1])
@@ -326,8 +420,22 @@ def _vmem_bytes(config: _Config, k: Array, tail: tuple[Any, ...]) -> tuple[int, 
     return resident + least, working + 16 * config.block_q * padded * 4
 
 
+def _fit_vmem(config: _Config, k: Array, tail: tuple[Any, ...]) -> _Config:
+    """The form that VMEM holds: a head resident where it can be, else listed blocks gathered."""
+    capacity = _vmem_capacity()
+    for gather in (False, True):
+        config = dataclasses.replace(config, gather=gather)
+        need, _ = _vmem_bytes(config, k, tail)
+        if need <= capacity:
+            return config
+    raise NotImplementedError(
+        f"one head's statistics of {k.shape[2]} keys need {need / MIB:.1f} MiB of VMEM "
+        f"with the chunks at work, which must be at most {capacity / MIB:.1f}"
+    )
+
+
 def _specs(config: _Config, k: Array, rows: Array, tail: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Block specs of the operands: a row of integers, a query block, and a whole head."""
+    """Block specs of the operands: a row of integers, a query block, and what a head shares."""
 
     def whole(x: Array) -> pl.BlockSpec:
         # Loaded once a head: a second buffer would halve the longest sequence.
@@ -342,7 +450,8 @@ def _specs(config: _Config, k: Array, rows: Array, tail: tuple[Any, ...]) -> tup
         memory_space=pltpu.SMEM,
     )
     query = pl.BlockSpec((None, None, config.block_q, k.shape[3]), lambda b, n, i: (b, n, i, 0))
-    return row, query, whole(k), whole(k), jax.tree.map(whole, tail)
+    head = pl.BlockSpec(memory_space=pltpu.HBM) if config.gather else whole(k)
+    return row, query, head, head, jax.tree.map(whole, tail)
 
 
 def _in_hbm(x: Array) -> Array:
@@ -364,11 +473,6 @@ def _call(
     b, n, t, h = q.shape
     i, block_q = rows.shape[2], config.block_q
     need, working = _vmem_bytes(config, k, tail)
-    if need > (capacity := _vmem_capacity()):
-        raise NotImplementedError(
-            f"one head of {k.shape[2]} keys needs {need / MIB:.1f} MiB of VMEM, "
-            f"which must be at most {capacity / MIB:.1f}"
-        )
     specs = _specs(config, k, rows, tail)
     out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     out_specs = [specs[1]]
@@ -379,16 +483,19 @@ def _call(
         )
     row = pltpu.VMEM((block_q, LANES), jnp.float32)
     words = [pltpu.SMEM((jax.tree.leaves(tail)[0].shape[2] // 32,), jnp.int32)] if tail else []
+    ring = ring_shapes(2 * config.slots * config.block_kv, h, k.dtype) if config.gather else ()
     kernel = pl.pallas_call(
         functools.partial(_kernel, config=config),
         grid=(b, n, i),
         in_specs=specs,
         out_specs=tuple(out_specs),
         out_shape=tuple(out_shape),
-        scratch_shapes=[_State(row, row, pltpu.VMEM((block_q, h), jnp.float32)), words],
+        scratch_shapes=[_State(row, row, pltpu.VMEM((block_q, h), jnp.float32)), words, ring],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=min(need + working, capacity),
+            vmem_limit_bytes=min(need + working, _vmem_capacity()),
+            # Ids are clipped: no copy leaves its head.
+            disable_bounds_checks=config.gather,
         ),
         interpret=interpret,
     )
@@ -411,8 +518,13 @@ def block_sparse_attention(
     kv_length: Int[Array, " B"] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    options: Mapping[str, int] | None = None,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `api.block_sparse_attention`; one pass over a head that stays in VMEM.
+
+    Where VMEM does not hold a head (beyond some 23,000 tokens of 128 bfloat16 channels on a v4,
+    120,000 on a v5p, 240,000 on others), its listed blocks are copied from HBM while those before
+    them are computed; the statistics of the tail stay in VMEM.
 
     q, k, v and the output are copied once each between [B, T, N, H] and the kernel's [B, N, T, H]
     unless XLA gives their producer that layout; padding of a ragged S and zeros beyond kv_length
@@ -430,29 +542,37 @@ def block_sparse_attention(
         kv_length: valid keys of each batch row; None means all S.
         scale: factor on q·k; None means H^-1/2.
         return_lse: also return the log-sum-exp.
+        options: of `TUNABLE`; None takes what was measured best for the device, see `tuning`. They
+            change no number beyond rounding.
 
     Returns:
         Output in q.dtype, and with `return_lse` the natural log-sum-exp in float32.
 
     Raises:
-        NotImplementedError: dtype, head size, block sizes or group are not as above, or one head
-            does not fit VMEM.
+        ValueError: an option is unknown, or its value is none to choose.
+        NotImplementedError: dtype, head size, block sizes or group are not as above, or VMEM does
+            not hold one head's statistics and the chunks at work.
 
     Source: PISA (arXiv:2602.01077) and PASA (arXiv:2604.12219).
     """
     b, t, n, h = q.shape
     end = jnp.full((b,), k.shape[1], jnp.int32) if kv_length is None else kv_length
+    end = jnp.minimum(end, k.shape[1])
     count = num_blocks(k.shape[1], block_kv)
     _check(q, block_q, block_kv, count, tail)
     factor = (h**-0.5 if scale is None else scale) * LOG2E
-    config = _configure(blocks, block_q, block_kv, factor, tail, count)
-    slots = num_blocks(blocks.ids.shape[3], 2 * config.slots) * 2 * config.slots
+    options = _options(options, q, block_q, block_kv, blocks.ids.shape[3] / count)
+    config = _configure(blocks, block_q, block_kv, factor, tail, count, options)
+    k, v = (_heads(x, kv_length, count * block_kv) for x in (k, v))
+    operands = () if tail is None else _tail_operands(tail, order, q.dtype)
+    config = _fit_vmem(config, k, operands)
     out, *lse = _call(
         config,
         pad_axis(jnp.swapaxes(q, 1, 2), 2, max(t, block_q)),
-        *(_heads(x, kv_length, count * block_kv) for x in (k, v)),
-        _rows(blocks, jnp.minimum(end, k.shape[1]), count, slots),
-        () if tail is None else _tail_operands(tail, order, q.dtype),
+        k,
+        v,
+        _rows(blocks, end, count, config),
+        operands,
         return_lse=return_lse,
     )
     out = jnp.swapaxes(out[:, :, :t], 1, 2)

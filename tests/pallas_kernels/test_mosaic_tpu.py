@@ -1,12 +1,14 @@
 """The TPU kernel: interpreted against the closed form, refusals, and lowering for a TPU."""
 
+import contextlib
+import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pasa_jax.pallas_kernels import BlockIndex, mosaic_tpu, num_blocks
@@ -29,15 +31,28 @@ STATIC = ("block_q", "block_kv", "group", "order", "scale", "return_lse")
 
 
 @pytest.fixture
-def kernel(monkeypatch):
-    """The kernel interpreted, with short chunks: few slots to compile, many bodies to run."""
-    monkeypatch.setattr(mosaic_tpu, "CHUNK_KEYS", 128)
-    monkeypatch.setattr(mosaic_tpu, "TAIL_TILES", 1)
-    monkeypatch.setattr(mosaic_tpu, "_call", functools.partial(mosaic_tpu._call, interpret=True))
-    # A new function: jit would otherwise find what another test compiled from other constants.
-    call = lambda *args, **kw: mosaic_tpu.block_sparse_attention(*args, **kw)  # noqa: E731
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(call, static_argnames=STATIC, compiler_options=options)
+def form(monkeypatch):
+    """form(gather, interpret) → the kernel, with short chunks: few slots, many bodies to run."""
+
+    def make(gather, interpret=True):
+        call = functools.partial(mosaic_tpu._call, interpret=interpret)
+        choice = lambda config, k, tail: dataclasses.replace(config, gather=gather)  # noqa: E731
+        monkeypatch.setattr(mosaic_tpu, "CHUNK_KEYS", 128)
+        monkeypatch.setattr(mosaic_tpu, "TAIL_TILES", 1)
+        monkeypatch.setattr(mosaic_tpu, "_call", call)
+        monkeypatch.setattr(mosaic_tpu, "_fit_vmem", choice)
+        # A new function: jit would otherwise find what another test compiled from other constants.
+        call = lambda *args, **kw: mosaic_tpu.block_sparse_attention(*args, **kw)  # noqa: E731
+        options = {"xla_backend_optimization_level": 0}
+        return jax.jit(call, static_argnames=STATIC, compiler_options=options)
+
+    return make
+
+
+@pytest.fixture
+def kernel(form):
+    """The kernel with a head in VMEM."""
+    return form(gather=False)
 
 
 def distance(a, b):
@@ -77,7 +92,9 @@ def test_equals_closed_form(
     assert np.array_equal(out, again) and np.array_equal(lse, lse_again)
 
 
-def test_nan_stays_in_dropped_blocks_and_in_padding(kernel, truth, problem):
+@pytest.mark.parametrize("gather", [False, True])
+def test_nan_stays_in_dropped_blocks_and_in_padding(form, truth, problem, gather):
+    kernel = form(gather)
     q, k, v, blocks = problem(130, 450, 64, 64, 5, n=1, h=64)
     count = jnp.asarray([[[3, 1, 0]], [[2, 5, 3]]], jnp.int32)
     listed = np.asarray(blocks.ids)
@@ -108,6 +125,36 @@ def test_maximum_rises_in_the_tail(kernel, truth, problem, order):
     blocks = BlockIndex(jnp.zeros_like(blocks.ids).at[..., 1].set(1), blocks.count * 0 + 2)
     tail = truth.block_statistics(k, v, block_kv=64, group=32)
     compare(kernel, truth, q, k, v, blocks, block_q=64, block_kv=64, tail=tail, order=order)
+
+
+@pytest.mark.parametrize(
+    ("counts", "group", "order", "dtype"),
+    [
+        # Rows without a list stand first, between, and last: the ring keeps what comes after them.
+        pytest.param([0, 5, 0, 0, 1, 7, 0], None, 1, "float32", id="no_tail"),
+        pytest.param([3, 7, 7, 0, 6, 1, 2], 32, 1, "bfloat16", id="group32-bfloat16"),
+    ],
+)
+def test_gathered_equals_closed_form(form, truth, problem, counts, group, order, dtype):
+    q, k, v, blocks = problem(7 * 64 - 3, 2877, 64, 64, 7, n=2, h=64, dtype=dtype, spread=1)
+    blocks = BlockIndex(blocks.ids, jnp.broadcast_to(jnp.asarray(counts, jnp.int32), (2, 2, 7)))
+    kv_length = jnp.asarray([2877, 1500], jnp.int32)
+    kw = dict(block_q=64, block_kv=64, order=order, kv_length=kv_length)
+    if group is not None:
+        kw["tail"] = truth.block_statistics(k, v, block_kv=64, group=group, kv_length=kv_length)
+    compare(form(gather=True), truth, q, k, v, blocks, **kw)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_copies_do_not_race(form, truth, problem, capfd, gather):
+    q, k, v, blocks = problem(190, 450, 64, 64, 5, b=1, n=2, h=64)
+    blocks = BlockIndex(blocks.ids, jnp.asarray([[[5, 0, 3], [1, 4, 0]]], jnp.int32))
+    tail = truth.block_statistics(k, v, block_kv=64, group=32)
+    kernel = form(gather, interpret=pltpu.InterpretParams(detect_races=True))
+    compare(kernel, truth, q, k, v, blocks, block_q=64, block_kv=64, tail=tail)
+    assert interpret_pallas_call.races.races_found is False
+    told = capfd.readouterr()
+    assert "non-zero count" not in told.out + told.err, "every copy is waited for"
 
 
 def test_no_key_gives_zero(kernel, truth, problem):
@@ -152,7 +199,7 @@ def statistics(b, n, blocks, h, group):
     )
 
 
-def lower(t, s, n, block_q, block_kv, slots, group, dtype, h=128):
+def lower(t, s, n, block_q, block_kv, slots, group, dtype, h=128, options=None):
     """The function of a shape, traced and lowered for a TPU."""
     shape = jax.ShapeDtypeStruct
     q, k = shape((1, t, n, h), dtype), shape((1, s, n, h), dtype)
@@ -161,7 +208,7 @@ def lower(t, s, n, block_q, block_kv, slots, group, dtype, h=128):
 
     def run(q, k, v, blocks):
         tail = group and statistics(1, n, num_blocks(s, block_kv), h, group)
-        sizes = dict(block_q=block_q, block_kv=block_kv, return_lse=True)
+        sizes = dict(block_q=block_q, block_kv=block_kv, return_lse=True, options=options)
         return mosaic_tpu.block_sparse_attention(q, k, v, blocks, tail=tail, **sizes)
 
     return jax.jit(run).trace(q, k, k, blocks).lower(lowering_platforms=("tpu",)).as_text()
@@ -179,11 +226,57 @@ def test_lowers_for_tpu(s, n, block_q, block_kv, slots, group, dtype):
     assert "tpu_custom_call" in lower(s, s, n, block_q, block_kv, slots, group, dtype)
 
 
-def test_refuses_what_does_not_fit_vmem(monkeypatch):
-    with pytest.raises(NotImplementedError, match="300032 keys needs .* MiB of VMEM.*128.0"):
-        lower(64, 300000, 1, 64, 64, 5, None, "bfloat16")
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    chip = types.SimpleNamespace(vmem_capacity_bytes=16 * 2**20)  # a v4
-    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: chip)
-    with pytest.raises(NotImplementedError, match="must be at most 16.0"):
-        lower(64, 32760, 1, 64, 64, 5, None, "bfloat16")
+@contextlib.contextmanager
+def compiled_for(kind):
+    """Programs traced inside are for a TPU that is not here."""
+    device = jax.sharding.AbstractDevice(kind, 1, "tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "gather"),
+    [
+        ("TPU v4", 16384, False),
+        ("TPU v4", 32760, True),
+        ("TPU v4", 119056, True),
+        ("TPU v5p", 119056, False),
+        ("TPU v5p", 150000, True),
+        ("TPU v6 lite", 200000, False),
+    ],
+)
+def test_vmem_decides_the_form(monkeypatch, kind, tokens, gather):
+    forms = []
+    call = mosaic_tpu._call
+    spy = lambda config, *args, **kw: forms.append(config.gather) or call(config, *args, **kw)  # noqa: E731
+    monkeypatch.setattr(mosaic_tpu, "_call", spy)
+    with compiled_for(kind):
+        lower(128, tokens, 2, 128, 128, 96, 32, "bfloat16")
+    assert forms == [gather]
+
+
+def test_refuses_what_does_not_fit_vmem():
+    with compiled_for("TPU v4"), pytest.raises(NotImplementedError, match="900032 .*at most 16.0"):
+        lower(64, 900000, 1, 64, 64, 5, 32, "bfloat16")
+
+
+@pytest.mark.parametrize("options", [{"chunk_keys": 512}, {"tail_tiles": 2}])
+def test_options_reach_the_kernel(monkeypatch, options):
+    configs = []
+    call = mosaic_tpu._call
+    spy = lambda config, *args, **kw: configs.append(config) or call(config, *args, **kw)  # noqa: E731
+    monkeypatch.setattr(mosaic_tpu, "_call", spy)
+    lower(64, 32760, 1, 64, 64, 96, 32, "bfloat16", options={})
+    lower(64, 32760, 1, 64, 64, 96, 32, "bfloat16", options=options)
+    usual, config = configs
+    assert (usual.slots, usual.tail_tiles) == (24, 5)
+    assert config.slots == (8 if "chunk_keys" in options else 24)
+    assert config.tail_tiles == options.get("tail_tiles", 5)
+
+
+def test_refuses_unknown_options(problem):
+    q, k, v, blocks = problem(64, 64, 64, 64, 1, h=64)
+    with pytest.raises(ValueError, match="warps"):
+        mosaic_tpu.block_sparse_attention(
+            q, k, v, blocks, block_q=64, block_kv=64, options={"warps": 4}
+        )
