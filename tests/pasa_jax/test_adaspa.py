@@ -100,7 +100,8 @@ def fresh():
 def test_the_search_step_is_dense_and_keeps_its_log_sum_exp(fresh):
     q, k, v, state = fresh
     out, record = step(q, k, v, start(POLICY), mode="search")
-    np.testing.assert_array_equal(out, jax.jit(api.dense_attention)(q, k, v))
+    # Not bit for bit: with the log-sum-exp kept, XLA fuses the same float32 sums otherwise.
+    np.testing.assert_allclose(out, jax.jit(api.dense_attention)(q, k, v), atol=2e-6)
     assert float(record.density) == 1 and state.lse.dtype == jnp.float32
     np.testing.assert_allclose(state.lse, lse_of(q, k), rtol=1e-5, atol=1e-5)  # float32 sums
 
@@ -138,7 +139,8 @@ def test_sparse_steps_attend_by_the_cached_lists(fresh):
     want = masked_attention(q, k, v, masks(state))
     np.testing.assert_allclose(out[:, : GRID.num_tokens], want, atol=2e-5)  # float32, logits to 40
     dense = api.dense_attention(q, k, v)
-    np.testing.assert_array_equal(out[:, GRID.num_tokens :], dense[:, GRID.num_tokens :])
+    text = slice(GRID.num_tokens, None)
+    np.testing.assert_allclose(out[:, text], dense[:, text], atol=2e-6)
 
 
 def test_a_refresh_attends_by_its_own_lists_and_keeps_the_log_sum_exp(fresh):

@@ -103,7 +103,8 @@ def test_every_policy_runs_its_modes_and_lists_distinct_blocks(name):
         assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
         state = new
         if mode == "search":
-            np.testing.assert_array_equal(result, jax.jit(api.dense_attention)(q, k, v))
+            # Not bit for bit: with what a search keeps, XLA fuses the same float32 sums otherwise.
+            np.testing.assert_allclose(result, api.dense_attention(q, k, v), atol=2e-6)
             continue
         assert result.ids.dtype == result.count.dtype == jnp.int32
         assert result.ids.shape[:3] == result.count.shape == (B, N, 16)
