@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ COMMANDS = {
     "calibrate": "record the velocity curve that shares PASA's budget over the steps",
     "search": "search compact: find the windows that a model's heads need, for Compact Attention",
     "convert": "turn a PyTorch checkpoint of Wan into one of Flax",
+    "compare": "set methods side by side: videos, figures and curves on one page",
     "check": "count what tiny's videos get right, under dense attention, PISA and PASA",
     "bench": "bench attention: time sparse against dense attention on this machine",
     "tune": "measure which options of a kernel are best on this machine, and keep them",
@@ -61,7 +63,7 @@ def _usage() -> str:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    functions = (generate, calibrate, search, convert, check, bench, tune, info)
+    functions = (generate, calibrate, search, convert, compare, check, bench, tune, info)
     table = dict(zip(COMMANDS, functions, strict=True))
     if name not in table:
         raise ValueError(f"command={name!r} must be one of {_choices(name, list(table))}")
@@ -83,12 +85,12 @@ def _refusing(who: str, *more: type[Exception]) -> Iterator[None]:
         raise SystemExit(2) from error
 
 
-def _parse(options: Any, name: str, argv: list[str], about: str) -> Any:
+def _parse(options: Any, name: str, argv: list[str], about: str, default: Any = None) -> Any:
     """The options filled from arguments; what tyro refuses is said in one line."""
-    told = io.StringIO()
+    told, more = io.StringIO(), {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(options, prog=f"pasa-jax {name}", description=about, args=argv)
+            return tyro.cli(options, prog=f"pasa-jax {name}", description=about, args=argv, **more)
     except SystemExit as end:
         if end.code:
             print(f"pasa-jax {name}: {_one_line(told.getvalue())}", file=sys.stderr)
@@ -564,6 +566,140 @@ def convert(argv: list[str]) -> None:
             dry_run=options.dry_run,
             progress=options.progress,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare(Sampling):
+    """Options of `pasa-jax compare`.
+
+    Attributes:
+        prompts: what to show, each in quotes; tiny makes `count` of its own where none is given.
+        prompt_states: text states of the prompts, as in `pasa-jax generate`.
+        count: prompts made from tiny's words.
+        seed: every prompt is sampled with each of these.
+        policies: methods beside dense attention, each in quotes with options of its own, as
+            "pasa --noise none". PASA brings PISA at 1/32 more density, what its groups cost.
+        density: exact share of the key blocks, where a method's own options do not say.
+        dense_prefix: share of the steps that run dense first, likewise.
+        dense_layers: layers that always run dense, likewise.
+        curve: velocity curve of `pasa-jax calibrate`, for PASA.
+        block: tokens of a block.
+        batch: clips sampled together.
+        shown: clips on the page.
+        out: folder, made where it is missing: index.html, comparison.json, comparison.csv.
+    """
+
+    prompts: Prompts = ()
+    prompt_states: Annotated[tuple[Path, ...], _of("FILE ...")] = ()
+    count: int = 4
+    seed: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (0,)
+    policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ("pasa", "pisa")
+    density: float = 0.15
+    dense_prefix: float = 0.2
+    dense_layers: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (0,)
+    curve: Annotated[Path | None, _of("FILE")] = None
+    block: Annotated[int | None, _of("INT", "(default: 16 below 4,096 tokens, else 64)")] = None
+    batch: int = 4
+    shown: int = 3
+    out: Path = Path("comparison")
+
+
+def compare(argv: list[str]) -> None:
+    """pasa-jax compare: methods side by side over the same clips."""
+    about = "Samples the same clips under dense attention and other methods, and measures them."
+    options = _parse(Compare, "compare", argv, about)
+    with _refusing("pasa-jax compare", OSError):
+        job = _comparison_job(options)
+        options.out.mkdir(parents=True, exist_ok=True)
+    from pasa_jax.compare import compare as measure
+    from pasa_jax.compare import write_tables
+    from pasa_jax.report import write_page
+
+    pipeline = _load("compare", job.pop("card"))
+    with _refusing("pasa-jax compare", OSError):
+        comparison, frames = measure(pipeline, **job)
+        write_tables(options.out, comparison)
+        page = write_page(options.out / "index.html", comparison, frames, fps=pipeline.card.fps)
+    for name, method in comparison["methods"].items():
+        print(f"{name}: {_summary(method)}")
+    print(f"wrote {page}")
+
+
+def _summary(method: dict[str, Any]) -> str:
+    """A method's main figures in a line."""
+    if "failure" in method:
+        return f"failed: {method['failure']}"
+    told = [f"density {method['density']['sparse']:.3f}", f"{method['speedup']:.2f}x as fast"]
+    for name, unit in (("psnr", "PSNR {:.2f} dB"), ("ssim", "SSIM {:.3f}")):
+        value = method["metrics"][name]
+        told += [] if value is None else [unit.format(value["mean"])]
+    return ", ".join(told)
+
+
+def _comparison_job(options: Compare) -> dict[str, Any]:
+    """The checked arguments of `compare.compare`, and the card."""
+    from pasa_jax.settings import check_policy, check_seeds, read_card
+
+    card = read_card(options.model)
+    settings = options.settings(card)
+    check_seeds(list(options.seed))
+    for name in ("batch", "count"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)} must be at least 1")
+    if card.complete and not options.prompts:
+        from pasa_jax.models.tiny import check as tiny_check
+
+        options = dataclasses.replace(options, prompts=tuple(tiny_check.prompts(options.count)))
+    states, negative = _texts(options, card, settings)
+    curve = None if options.curve is None else _curve(options.curve)
+    policies = _named_policies(options, card.block(settings))
+    for policy in policies.values():
+        check_policy(policy, card, settings, curve if policy.reads_curve else None)
+    return dict(
+        card=card,
+        prompts=list(options.prompts),
+        seeds=list(options.seed),
+        policies=policies,
+        batch=options.batch,
+        shown=options.shown,
+        states=states,
+        negative_states=negative,
+        negative_prompt=options.negative_prompt,
+        curve=curve,
+        progress=options.progress,
+        **dataclasses.asdict(settings),
+    )
+
+
+def _named_policies(options: Compare, block: int) -> dict[str, Any]:
+    """The policies by the words that name them, and PISA at PASA's cost."""
+    policies = {}
+    for words in options.policies:
+        policies[words] = _worded_policy(words, options, block)
+    for words, policy in list(policies.items()):
+        if words.split()[0] == "pasa":
+            density = min(1.0, policy.density + 1 / 32)
+            rival = f"pisa --density {density:.5g}"
+            policies.setdefault(rival, _worded_policy(rival, options, block))
+    return policies
+
+
+def _worded_policy(words: str, options: Compare, block: int) -> Any:
+    """The policy of "name --option value ...", the command's own options as defaults."""
+    from pasa_jax.policies import make_policy
+
+    name, *asked = shlex.split(words) or [""]
+    policy = type(make_policy(name))
+    known = {field.name for field in dataclasses.fields(policy)}
+    shared = {
+        "density": options.density,
+        "dense_prefix": options.dense_prefix,
+        "dense_layers": options.dense_layers,
+    }
+    size = block if options.block is None else options.block
+    shared |= {"block_q": size, "block_kv": size}
+    default = make_policy(name, **{key: value for key, value in shared.items() if key in known})
+    return _parse(policy, f"compare, {name}", asked, policy.__doc__ or "", default)
 
 
 @dataclasses.dataclass(frozen=True)

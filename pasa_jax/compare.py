@@ -82,6 +82,7 @@ def compare(
     batch: int = 1,
     shown: int = 3,
     states: np.ndarray | None = None,
+    negative_prompt: str = "",
     negative_states: np.ndarray | None = None,
     curve: VelocityCurve | None = None,
     progress: bool = True,
@@ -96,7 +97,7 @@ def compare(
         batch: clips sampled together.
         shown: clips whose frames are returned.
         states: text states [P, E, D], one a prompt, for models without a text encoder.
-        negative_states: those guidance leads away from.
+        negative_prompt, negative_states: what guidance leads away from.
         curve: velocity curve; given to the policies that read one.
         progress: show a bar for each run.
         settings: fields of `Settings`; those not given are the card's.
@@ -124,14 +125,16 @@ def compare(
         job = dict(
             seeds=[seed for _, seed in part],
             states=None if states is None else states[[i for i, _ in part]],
+            negative_prompt=negative_prompt,
             negative_states=negative_states,
             progress=progress,
             **dataclasses.asdict(chosen),
         )
         _run_batch(pipeline, [prompts[i] for i, _ in part], job, entries, curve, still, shown)
+    clips = min(batch, len(pairs))
     for entry in entries.values():
         if entry.failure is None:
-            entry.cost = _attention_cost(pipeline, entry, chosen, curve)
+            entry.cost = _attention_cost(pipeline, entry, chosen, curve, clips)
     frames = {name: entry.frames for name, entry in entries.items() if entry.frames}
     return _comparison(pipeline, chosen, prompts, entries), frames
 
@@ -222,17 +225,17 @@ def _still_pixels(
 
 
 def _attention_cost(
-    pipeline: Pipeline, entry: Entry, settings: Settings, curve: VelocityCurve | None
-) -> dict[str, float] | None:
-    """Seconds of one layer's attention, and of its planning, at a sparse step of one clip.
+    pipeline: Pipeline, entry: Entry, settings: Settings, curve: VelocityCurve | None, clips: int
+) -> dict[str, float]:
+    """Seconds of one layer's attention, and of its planning, at a sparse step of a batch of clips.
 
     On random normal q, k, v of the model's shape; the median of five calls, compiled before.
     """
     mode = "dense" if "sparse" not in entry.modes else "sparse"
     config, grid = pipeline.card.config, pipeline.card.grid(settings)
-    branches = 1 if settings.guidance == 1 else 2
+    rows = clips * (1 if settings.guidance == 1 else 2)
     policy = dataclasses.replace(entry.policy, dense_layers=())
-    shape = AttentionShape(1, branches, config.num_heads, config.head_dim, grid)
+    shape = AttentionShape(1, rows, config.num_heads, config.head_dim, grid)
     blocks = grid.num_blocks(policy.block_kv)
     mean = curve.mean if curve is not None and policy.reads_curve else None
     bound = policy.max_budget(settings.steps, blocks, mean)
@@ -240,7 +243,7 @@ def _attention_cost(
     state = jax.tree.map(lambda x: x[0], policy.init_state(shape))
     keys = jax.random.split(jax.random.key(0), 1)
     draws = jax.random.split(jax.random.key(1), 3)
-    sizes = (branches, grid.num_tokens, config.num_heads, config.head_dim)
+    sizes = (rows, grid.num_tokens, config.num_heads, config.head_dim)
     qkv = [jax.random.normal(key, sizes, jnp.float32) for key in draws]
     zero = jnp.int32(0)
 
@@ -307,7 +310,8 @@ def step_seconds(modes: Sequence[str], runs: Sequence[np.ndarray]) -> tuple[np.n
 
 def _comparison(pipeline, settings, prompts, entries) -> dict[str, Any]:
     """Everything measured, as JSON holds it."""
-    dense = step_seconds(entries[DENSE].modes, entries[DENSE].seconds)[0].sum()
+    exact, layers = entries[DENSE], pipeline.card.config.num_layers
+    dense = step_seconds(exact.modes, exact.seconds)[0].sum()
     grid = pipeline.card.grid(settings)
     return {
         **machine(),
@@ -322,7 +326,10 @@ def _comparison(pipeline, settings, prompts, entries) -> dict[str, Any]:
                 **(
                     {"failure": entry.failure}
                     if entry.failure is not None
-                    else _figures(entry, prompts, dense, pipeline.card.config.num_layers)
+                    else {
+                        **_figures(entry, prompts, dense),
+                        "attention_share": _attention_share(entry, exact, layers),
+                    }
                 ),
             }
             for name, entry in entries.items()
@@ -330,27 +337,39 @@ def _comparison(pipeline, settings, prompts, entries) -> dict[str, Any]:
     }
 
 
-def _figures(entry: Entry, prompts, dense: float, layers: int) -> dict[str, Any]:
+def _attention_share(entry: Entry, exact: Entry, layers: int) -> float:
+    """Share of a sparse step's seconds that its self-attention takes; at most 1."""
+    dense_layers = sum(layer < layers for layer in entry.policy.dense_layers)
+    seconds = (layers - dense_layers) * entry.cost["attention"]
+    seconds += dense_layers * exact.cost["attention"]
+    return min(1.0, seconds / _sparse_step(entry))
+
+
+def _sparse_step(entry: Entry) -> float:
+    """Seconds of a sparse step; of any step where all are dense."""
+    seconds, _ = step_seconds(entry.modes, entry.seconds)
+    sparse = [i for i, mode in enumerate(entry.modes) if mode not in ("dense", "search")]
+    return float(np.median(seconds[sparse] if sparse else seconds))
+
+
+def _figures(entry: Entry, prompts, dense: float) -> dict[str, Any]:
     """One method's figures."""
     seconds, clean = step_seconds(entry.modes, entry.seconds)
-    sparse = [i for i, mode in enumerate(entry.modes) if mode not in ("dense", "search")]
-    step = float(np.median(seconds[sparse])) if sparse else float(np.median(seconds))
     clips = [dataclasses.asdict(clip) for clip in entry.clips]
     return {
         "metrics": {name: _spread([clip[name] for clip in clips]) for name in METRICS},
         "density": {
-            "sparse": float(_sparse_densities(entry).mean()) if sparse else 1.0,
+            "sparse": float(_sparse_densities(entry).mean()),
             "run": float(np.mean(entry.densities)),
             "by_step_and_layer": np.mean(entry.densities, axis=0).round(6).tolist(),
         },
         "error_by_step": np.concatenate(entry.errors, axis=1).mean(1).round(9).tolist(),
         "seconds": {
-            "step": step,
+            "step": _sparse_step(entry),
             "run": float(seconds.sum()),
             "includes_compilation": not clean,
-            **{f"{key} of a layer": value for key, value in (entry.cost or {}).items()},
+            **{f"{key} of a layer": value for key, value in entry.cost.items()},
         },
-        "attention_share": min(1.0, layers * entry.cost["attention"] / step),
         "speedup": float(dense / seconds.sum()),
         "check": _check(entry, prompts),
         "clips": clips,

@@ -25,9 +25,10 @@ HEADS = {
     "latent_error": "latents' error ↓",
 }
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222 }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse } td, th { padding: .25em .7em; text-align: right }
+td { white-space: nowrap }
 th { border-bottom: 2px solid #999; font-weight: 600 } td { border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left }
 figure { display: inline-block; margin: 0 .8em .8em 0 } figcaption { font-size: .9em }
