@@ -17,6 +17,7 @@ from pasa_jax.policies.compact import Compact, CompactMasks
 from pasa_jax.policies.dense import Dense
 from pasa_jax.policies.pasa import Pasa
 from pasa_jax.policies.pisa import Pisa
+from pasa_jax.policies.rectified import Rectified
 
 POLICIES: dict[str, type] = {
     "dense": Dense,
@@ -24,6 +25,7 @@ POLICIES: dict[str, type] = {
     "pasa": Pasa,
     "adaspa": AdaSpa,
     "compact": Compact,
+    "rectified": Rectified,
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Rectification",
+    "Rectified",
     "make_policy",
 ]
 
