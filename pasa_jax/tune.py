@@ -34,23 +34,19 @@ def candidates(tunable: dict[str, tuple[int, ...]]) -> list[dict[str, int]]:
 
 
 def winner(measured: list[dict[str, Any]]) -> dict[str, int]:
-    """The options of the fastest candidate that beats the default by more than the spread.
+    """The options of the candidate that is faster than the default by most, and by enough.
 
     Args:
-        measured: the default first; each with "options" and, unless "refused", "seconds" (median)
-            and "spread" (between the quartiles).
+        measured: the default first; each with "options" and, unless "refused", "gain" (how many
+            times as fast as the default, median of the rounds) and "gain_spread" (between its
+            quartiles).
 
     Returns:
-        Its options; {}, the default, where the gain is not above the larger spread of the two.
+        Its options; {}, the default, where no gain is larger than its own spread.
     """
-    default, *others = measured
-    better = [
-        one
-        for one in others
-        if "refused" not in one
-        and default["seconds"] - one["seconds"] > max(default["spread"], one["spread"])
-    ]
-    return min(better, key=lambda one: one["seconds"], default=default)["options"]
+    ran = [one for one in measured[1:] if "refused" not in one]
+    better = [one for one in ran if one["gain"] - 1 > one["gain_spread"]]
+    return max(better, key=lambda one: one["gain"], default=measured[0])["options"]
 
 
 def _label(options: dict[str, int]) -> str:
@@ -118,34 +114,42 @@ def _measure(implementation: str, setting: Setting, repeats: int) -> list[dict[s
     measured = []
     for options in everything:
         label = _label(options)
-        told = _times(seconds[label]) if label in good else {"refused": refusals[label]}
+        told = {"refused": refusals[label]}
+        if label in good:
+            told = _times(seconds[label], seconds["default"])
         measured.append({"options": options, **told})
     return measured
 
 
-def _times(seconds: list[float]) -> dict[str, float]:
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+def _times(seconds: list[float], default: list[float]) -> dict[str, float]:
+    """Of one candidate; its gain compares within each round, where all had the same load."""
+    gains = [own / mine for own, mine in zip(default, seconds, strict=True)]
     return {
         "seconds": statistics.median(seconds),
-        "spread": high - low,
+        "spread": _between_quartiles(seconds),
         "fastest": min(seconds),
         "slowest": max(seconds),
+        "gain": statistics.median(gains),
+        "gain_spread": _between_quartiles(gains),
     }
+
+
+def _between_quartiles(values: list[float]) -> float:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
 
 
 def _print_case(measured: list[dict[str, Any]], options: dict[str, int]) -> None:
     """The candidates, fastest first, then the refused ones."""
     ran = [one for one in measured if "refused" not in one]
-    for one in sorted(ran, key=lambda one: one["seconds"]):
-        ends = f"{one['fastest']:.4g} to {one['slowest']:.4g}"
-        print(f"  {_label(one['options']):40} {one['seconds']:9.4g} s ({ends})")
+    for one in sorted(ran, key=lambda one: -one["gain"]):
+        ends = f"({one['fastest']:.4g} to {one['slowest']:.4g})"
+        gain = f"{one['gain']:.3f}x ± {one['gain_spread'] / 2:.3f}"
+        print(f"  {_label(one['options']):40} {gain}, {one['seconds']:.4g} s {ends}")
     for one in measured:
         if "refused" in one:
             print(f"  {_label(one['options']):40} refused: {one['refused']}")
-    chosen = next(one for one in ran if one["options"] == options)
-    gain = measured[0]["seconds"] / chosen["seconds"]
-    told = f"{gain:.2f} times as fast as the default" if options else "nothing beats its spread"
-    print(f"  best: {_label(options)}, {told}")
+    print(f"  best: {_label(options) if options else 'default, no gain is above its spread'}")
 
 
 def _is_stale(content: dict[str, Any], implementation: str) -> bool:
@@ -240,8 +244,9 @@ def tune(
 
     Returns:
         The file's content: format, kind (of device), and cases: what was timed and on what, every
-        candidate's median with spread in seconds or the reason of its refusal, and the options
-        chosen, {} where none beats the default by more than the spread.
+        candidate's times in seconds and gain over the default, each a median with the distance of
+        its quartiles, or the reason of its refusal, and the options chosen, {} where no gain is
+        larger than its spread.
 
     Raises:
         ValueError: unknown shape or implementation, a size out of range, or a file that cannot be
