@@ -160,10 +160,17 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "xla": xla.block_covariance_norm,
     },
     "block_mass": {"triton": _kernel("triton_mass", "block_mass"), "xla": xla.block_mass},
-    "dense_attention": {"cudnn": _cudnn_dense_attention, "xla": xla.dense_attention},
+    "dense_attention": {
+        "cudnn": _cudnn_dense_attention,
+        "splash": _kernel("splash", "dense_attention"),
+        "xla": xla.dense_attention,
+    },
 }
 # By platform, best first; an operation's table may lack some of them.
-PREFERENCE = {"gpu": ("cudnn", "mosaic_gpu", "triton", "xla"), "tpu": ("mosaic_tpu", "xla")}
+PREFERENCE = {
+    "gpu": ("cudnn", "mosaic_gpu", "triton", "xla"),
+    "tpu": ("splash", "mosaic_tpu", "xla"),
+}
 # Compute capabilities from and to which a kernel is built.
 CAPABILITIES = {"mosaic_gpu": ((9, 0), (9, 0)), "triton": ((8, 0), (99, 0))}
 
@@ -509,14 +516,14 @@ def dense_attention(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Softmax attention over all keys: cuDNN on a GPU where it accepts, streaming jnp elsewhere.
+    """Softmax attention over all keys: cuDNN on a GPU, splash on a TPU, streaming jnp elsewhere.
 
     Args:
         q, k, v: projected tokens after rotation, all of one dtype.
         kv_length: valid keys of each batch row, from the start; None means all S.
         scale: factor on q·k; None means H^-1/2.
         return_lse: also return the log-sum-exp.
-        implementation: "cudnn" or "xla"; None picks the best that runs here.
+        implementation: "cudnn", "splash" or "xla"; None picks the best that runs here.
 
     Returns:
         Attention output in q.dtype, accumulated in float32 (float64 for float64 input). With

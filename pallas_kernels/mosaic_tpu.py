@@ -296,7 +296,7 @@ def _kernel(
         ref[...] = lse.T[:1]
 
 
-def _heads(x: Array, end: Array | None, tokens: int) -> Array:
+def heads_first(x: Array, end: Array | None, tokens: int) -> Array:
     """x [B, S, N, H] as [B, N, tokens, H], 0 from `end` on: a weight of 0 silences no NaN."""
     if end is not None:
         inside = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < end[:, None]
@@ -563,7 +563,7 @@ def block_sparse_attention(
     factor = (h**-0.5 if scale is None else scale) * LOG2E
     options = _options(options, q, block_q, block_kv, blocks.ids.shape[3] / count)
     config = _configure(blocks, block_q, block_kv, factor, tail, count, options)
-    k, v = (_heads(x, kv_length, count * block_kv) for x in (k, v))
+    k, v = (heads_first(x, kv_length, count * block_kv) for x in (k, v))
     operands = () if tail is None else _tail_operands(tail, order, q.dtype)
     config = _fit_vmem(config, k, operands)
     out, *lse = _call(
