@@ -76,7 +76,7 @@ class CompactMasks:
         if not 0 <= self.first < self.key.steps:
             raise ValueError(f"first={self.first} must be from 0 to {self.key.steps - 1}")
         buckets = -(-(self.key.steps - self.first) // self.reuse)
-        groups = group_index(self.tiles[0], self.signed).max() + 1
+        groups = int(group_index(self.tiles[0], self.signed).max()) + 1
         want = (self.shape[0], buckets, self.shape[2], groups, 4)
         if self.shape != want or len(self.windows) != math.prod(want) or not self.windows:
             raise ValueError(
@@ -194,9 +194,8 @@ class Compact(Policy):
 
     Attributes:
         masks: searched windows. None: a plain local window for all layers, heads and steps.
-        density: without masks, the share of key tiles that the window keeps at least: it grows from
-            the query's own tile, always along the axis where it reaches the least share of the
-            grid, until it does. Masks bring their own density, and then this is not read.
+        density: without masks, the least share of the key tiles that the local window keeps, see
+            `local_windows`. Masks bring their own density, and then this is not read.
         dense_prefix: the paper's 15 of 50 steps.
         block_q, block_kv: tokens of a tile; equal. Without masks the tile is `grid.tile_of`'s.
 
@@ -392,14 +391,21 @@ def visible_tiles(
 
 
 def local_windows(tiles: tuple[int, int, int], density: float) -> Int[np.ndarray, "G 4"]:
-    """The smallest of a row of growing boxes that keeps `density` of the tiles, int8."""
-    reach = [0, 0, 0]
-    while True:
-        frames, rows, columns = reach
-        box = np.array([columns, rows, columns, rows], np.int8)
-        table = np.where(np.arange(tiles[0])[:, None] <= frames, box, np.int8(-1))
+    """Boxes around the query's tile, grown strip by strip until they keep `density` of the tiles.
+
+    The next strip is the nearest one: its distance is that in frames plus that in columns or rows,
+    each as a share of the grid's.
+    """
+    frames, rows, columns = tiles
+    strips = [(g / frames, g, axis, 0) for g in range(1, frames) for axis in (0, 1)]
+    for axis, size in enumerate((columns, rows)):
+        strips += [
+            (g / frames + r / size, g, axis, r) for g in range(frames) for r in range(1, size)
+        ]
+    table = np.full((frames, 4), -1, np.int8)
+    table[0] = 0
+    for _, group, axis, reach in sorted(strips):
         if visible_tiles(table, tiles, False).mean() >= density * math.prod(tiles) - 1e-6:
-            return table
-        # Ties go to columns, then rows: the nearest frames' tiles first.
-        growing = [axis for axis in (2, 1, 0) if reach[axis] < tiles[axis] - 1]
-        reach[min(growing, key=lambda axis: (reach[axis] + 1) / tiles[axis])] += 1
+            break
+        table[group, axis::2] = reach
+    return table
