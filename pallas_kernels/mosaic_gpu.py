@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import inspect
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pasa_jax.pallas_kernels import compat
 from pasa_jax.pallas_kernels.blocks import (
     BlockIndex,
     BlockStatistics,
@@ -20,10 +21,18 @@ from pasa_jax.pallas_kernels.blocks import (
     num_blocks,
     pad_axis,
 )
+from pasa_jax.pallas_kernels.tuning import check_options, tuned
 
-# By (block_q, block_kv): slots of the ring. They change speed, never numbers.
-STAGES = {(64, 64): 2, (128, 64): 3, (128, 128): 2}
-BLOCK_SIZES = tuple(STAGES)
+# Slots of the ring; listed blocks taken at a time; whether two warpgroups take turns, one at the
+# products while the other is at its softmax. They change speed, and numbers by rounding alone.
+TUNABLE = {"stages": (2, 3, 4, 5), "step": (1, 2), "take_turns": (0, 1)}
+# By (block_q, block_kv).
+DEFAULTS = {
+    (64, 64): {"stages": 4, "step": 1, "take_turns": 0},
+    (128, 64): {"stages": 4, "step": 1, "take_turns": 1},
+    (128, 128): {"stages": 2, "step": 1, "take_turns": 1},
+}
+BLOCK_SIZES = tuple(DEFAULTS)
 HEAD_SIZES = (64, 128)
 DTYPES = ("bfloat16", "float16")
 # Rows of one compute warpgroup.
@@ -34,6 +43,10 @@ TILE = 64
 WORD = 32
 # A copy by TMA spans at most this many elements of an axis.
 COPY = 256
+# A tiled copy wants tokens in multiples of this.
+TOKENS = 8
+# Shared memory of a program, and what of it the compiler takes for itself and the barriers.
+MEMORY, RESERVED = 232_448, 4096
 # The mask of a query block is copied in one piece.
 MOST_BLOCKS = WORD * COPY
 # Stands for "nothing seen": finite, so that differences of maxima are never NaN.
@@ -83,6 +96,8 @@ class _Config:
     key_blocks: int
     slots: int
     stages: int
+    step: int
+    take_turns: int
     ragged: bool
     tail: _Tail | None
     simulated: bool  # interpreted: products, loads and layouts in plain jnp
@@ -96,8 +111,8 @@ class _Config:
 class _Operands(NamedTuple):
     """The kernel's arrays, or references to them."""
 
-    q: Any  # [B, I·block_q, N, H]
-    k: Any  # [B, J·block_kv, N, H]
+    q: Any  # [B, T, N, H]
+    k: Any  # [B, S, N, H]
     v: Any
     ids: Any  # int32 [B, N, I, L]
     count: Any  # int32 [B, N, I]
@@ -119,7 +134,9 @@ class _Scratch(NamedTuple):
     q_full: Any
     k_full: Any
     v_full: Any
-    free: Any  # a slot's readers are done
+    k_free: Any  # the readers of a slot's half are done
+    v_free: Any
+    turn: Any = None  # both warpgroups get here
     skipped_smem: Any = None
     length_smem: Any = None
     mask_full: Any = None
@@ -138,10 +155,7 @@ def _cast(x, layout, config: _Config):
 
 
 def _load(ref, layout, config: _Config):
-    if config.simulated:
-        return ref[...]
-    index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []  # until jax 0.11
-    return plgpu.load(ref, *index, layout=layout)
+    return ref[...] if config.simulated else compat.load(ref, layout)
 
 
 def _columns_iota(shape, config: _Config):
@@ -150,16 +164,20 @@ def _columns_iota(shape, config: _Config):
     return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
 
 
-def _scores(a_smem, b_smem, config: _Config):
-    """a bᵀ in float32, [ROWS, rows of b]."""
+def _scores(a_smem, bs_smem, config: _Config, issued=lambda: None) -> tuple:
+    """a bᵀ in float32 for each b, [ROWS, rows of b]; calls `issued` while they are computed."""
     if config.simulated:
-        return jnp.dot(a_smem[...], b_smem[...].T, preferred_element_type=jnp.float32)
+        a, bs = a_smem[...], [b[...] for b in bs_smem]
+        issued()
+        return tuple(jnp.dot(a, b.T, preferred_element_type=jnp.float32) for b in bs)
 
-    def product(acc_ref):
-        plgpu.wgmma(acc_ref, a_smem, b_smem.transpose((1, 0)))
-        return acc_ref[...]
+    def products(*acc_refs):
+        for acc_ref, b in zip(acc_refs, bs_smem, strict=True):
+            plgpu.wgmma(acc_ref, a_smem, b.transpose((1, 0)))
+        issued()
+        return tuple(acc_ref[...] for acc_ref in acc_refs)
 
-    return pl.run_scoped(product, plgpu.ACC((ROWS, b_smem.shape[0]), jnp.float32))
+    return pl.run_scoped(products, *(plgpu.ACC((ROWS, b.shape[0]), jnp.float32) for b in bs_smem))
 
 
 def _add_products(out, pairs, config: _Config):
@@ -188,26 +206,32 @@ def _start(config: _Config) -> _State:
     return _State(out, _full_rows(LOWEST, config), _full_rows(0.0, config))
 
 
-def _raise_top(state: _State, scores, factor: float) -> tuple[_State, Any, Any]:
+def _raise_top(state: _State, scores: tuple, factor: float) -> tuple[_State, tuple, Any]:
     """Rescales the state to the maximum that includes factor·scores.
 
     Returns the state, exp2 of the scores less that maximum, and the factor of the rescaling.
     """
-    top = jnp.maximum(state.top, scores.max(axis=1) * factor)
+    highest = functools.reduce(jnp.maximum, scores).max(axis=1)
+    top = jnp.maximum(state.top, highest * factor)
     fade = jnp.exp2(state.top - top)
-    weights = jnp.exp2(scores * factor - _rows(top, scores.shape))
-    mass = state.mass * fade + weights.sum(axis=1)
-    return _State(state.out * _rows(fade, state.out.shape), top, mass), weights, fade
+    weights = tuple(jnp.exp2(x * factor - _rows(top, x.shape)) for x in scores)
+    out = state.out * _rows(fade, state.out.shape)
+    return _State(out, top, state.mass * fade), weights, fade
 
 
 def _count(refs: _Operands, at, config: _Config):
     return jnp.clip(refs.count[at], 0, config.slots)
 
 
-def _block_id(refs: _Operands, at, t, config: _Config):
-    """Key block in slot t of the list; a slot or an id out of range becomes the nearest valid."""
+def _items(count, config: _Config):
+    """Slots of the ring that listed blocks fill: whole steps."""
+    return lax.div(count + (config.step - 1), jnp.int32(config.step)) * config.step
+
+
+def _block_id(refs: _Operands, at, t, count, config: _Config):
+    """Key block in slot t of the list, or the last one; an id out of range becomes the nearest."""
     b, n, i = at
-    block = refs.ids[b, n, i, jnp.minimum(t, config.slots - 1)]
+    block = refs.ids[b, n, i, jnp.maximum(jnp.minimum(t, count - 1), 0)]
     return jnp.clip(block, 0, config.key_blocks - 1)
 
 
@@ -223,17 +247,20 @@ def _copy_blocks(refs: _Operands, scratch: _Scratch, at, config: _Config):
         _copy_mask(refs, scratch, at, config)
 
     def fetch(t, block):
-        slot = _free_slot(scratch, t, config)
+        slot = _slot(t, config)
         rows = (b, pl.ds(block * config.block_kv, config.block_kv), n)
+        _await_free(scratch.k_free, t, config)
         plgpu.copy_gmem_to_smem(refs.k.at[rows], scratch.k_smem.at[slot], scratch.k_full.at[slot])
+        _await_free(scratch.v_free, t, config)
         plgpu.copy_gmem_to_smem(refs.v.at[rows], scratch.v_smem.at[slot], scratch.v_full.at[slot])
-        return _block_id(refs, at, t + 1, config)  # a step ahead: hides the load's latency
+        return _block_id(refs, at, t + 1, count, config)  # a slot ahead: hides the load's latency
 
-    lax.fori_loop(0, count, fetch, _block_id(refs, at, 0, config))
+    items = _items(count, config)
+    lax.fori_loop(0, items, fetch, _block_id(refs, at, 0, count, config))
     if config.tail is not None:
-        _copy_tail(refs, scratch, at, count, config)
-        count += config.tail.spans * config.tail.items
-    _drain(scratch, count, config)
+        _copy_tail(refs, scratch, at, items, config)
+        items += config.tail.spans * config.tail.items
+    _drain(scratch, items, config)
 
 
 def _copy_mask(refs: _Operands, scratch: _Scratch, at, config: _Config):
@@ -252,7 +279,9 @@ def _copy_tail(refs: _Operands, scratch: _Scratch, at, first, config: _Config):
     tail, half = config.tail, pl.ds(0, TILE)
 
     def fetch(x, _):
-        slot = _free_slot(scratch, first + x, config)
+        slot = _slot(first + x, config)
+        for free in (scratch.k_free, scratch.v_free):
+            _await_free(free, first + x, config)
         span, item = lax.div(x, jnp.int32(tail.items)), lax.rem(x, jnp.int32(tail.items))
         k_smem, v_smem = scratch.k_smem.at[slot, half], scratch.v_smem.at[slot, half]
         k_full, v_full = scratch.k_full.at[slot], scratch.v_full.at[slot]
@@ -275,61 +304,104 @@ def _copy_tail(refs: _Operands, scratch: _Scratch, at, first, config: _Config):
     lax.fori_loop(0, tail.spans * tail.items, fetch, None)
 
 
-def _free_slot(scratch: _Scratch, item, config: _Config):
-    """The slot of an item, once the item before it there is done with."""
+def _await_free(free, item, config: _Config):
+    """Waits until the item before this one in its slot is done with."""
     slot = _slot(item, config)
-    pl.when(item >= config.stages)(lambda: plgpu.barrier_wait(scratch.free.at[slot]))
-    return slot
+    pl.when(item >= config.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
 
 
-def _release(scratch: _Scratch, slot, config: _Config):
-    """Gives a slot back to the copying warpgroup."""
+def _release(config: _Config, *frees):
+    """Gives halves of slots back to the copying warpgroup."""
     if config.simulated:
         plgpu.commit_smem()  # plain reads, unlike WGMMA's, are not ordered before a later copy
-    plgpu.barrier_arrive(scratch.free.at[slot])
+    for free in frees:
+        plgpu.barrier_arrive(free)
 
 
 def _drain(scratch: _Scratch, items, config: _Config):
     """Sees the last slots freed, so that no barrier is left before its end."""
 
     def wait(item, _):
-        plgpu.barrier_wait(scratch.free.at[_slot(item, config)])
+        for free in (scratch.k_free, scratch.v_free):
+            plgpu.barrier_wait(free.at[_slot(item, config)])
 
     lax.fori_loop(jnp.maximum(items - config.stages, 0), items, wait, None)
 
 
-def _mask_end(scores, block, end, config: _Config):
-    """-inf for keys beyond the last valid one; only one block of a sequence needs the work."""
-    limit = end - block * config.block_kv
+def _limit(item, block, count, end, config: _Config):
+    """Columns of a block to be seen: fewer at the end of the keys, none beyond the list."""
+    limit = end - block * config.block_kv if config.ragged else config.block_kv
+    return limit if config.step == 1 else jnp.where(item < count, limit, 0)
+
+
+def _mask_columns(scores: tuple, limits: list, config: _Config) -> tuple:
+    """-inf from each block's limit on; few steps of a sequence need the work."""
 
     def mask(scores):
-        column = _columns_iota(scores.shape, config)
-        return jnp.where(column < limit, scores, -jnp.inf)
+        column = _columns_iota(scores[0].shape, config)
+        pairs = zip(scores, limits, strict=True)
+        return tuple(jnp.where(column < limit, x, -jnp.inf) for x, limit in pairs)
 
-    return lax.cond(limit < config.block_kv, mask, lambda scores: scores, scores)
+    cut = functools.reduce(jnp.minimum, limits) < config.block_kv
+    return lax.cond(cut, mask, lambda scores: scores, scores)
 
 
-def _attend_blocks(refs, scratch, q_smem, state, at, config: _Config) -> _State:
+def _take_turn(scratch: _Scratch):
+    plgpu.barrier_arrive(scratch.turn.at[0])
+    plgpu.barrier_wait(scratch.turn.at[0])
+
+
+def _end_softmax(scratch: _Scratch, slots, state, weights, config: _Config):
+    """Waits for the values, and for the other warpgroup where they take turns."""
+    if config.take_turns:  # the softmax belongs before the arrival, the next product after
+        state, weights = lax.optimization_barrier((state, weights))
+        plgpu.barrier_arrive(scratch.turn.at[0])
+    for slot in slots:
+        plgpu.barrier_wait(scratch.v_full.at[slot])
+    if config.take_turns:
+        plgpu.barrier_wait(scratch.turn.at[0])
+    return state, weights
+
+
+def _attend_blocks(refs, scratch, q_smem, at, warpgroup, config: _Config) -> _State:
     """Exact attention over the listed blocks."""
-    end = refs.end[at[0]]
+    end, count = refs.end[at[0]], _count(refs, at, config)
+    within = range(config.step)
+
+    def next_blocks(item):
+        if not config.ragged:
+            return (jnp.int32(0),) * config.step
+        return tuple(_block_id(refs, at, item + u, count, config) for u in within)
 
     def attend(t, carry):
-        state, block = carry
-        slot = _slot(t, config)
-        plgpu.barrier_wait(scratch.k_full.at[slot])
-        scores = _scores(q_smem, scratch.k_smem.at[slot], config)
-        if config.ragged:
-            scores = _mask_end(scores, block, end, config)
-            block = _block_id(refs, at, t + 1, config)
+        state, blocks = carry
+        item = t * config.step
+        slots = [_slot(item + u, config) for u in within]
+        for slot in slots:
+            plgpu.barrier_wait(scratch.k_full.at[slot])
+        issued = functools.partial(_take_turn, scratch) if config.take_turns else lambda: None
+        scores = _scores(q_smem, [scratch.k_smem.at[slot] for slot in slots], config, issued)
+        _release(config, *(scratch.k_free.at[slot] for slot in slots))
+        if config.ragged or config.step > 1:
+            limits = [_limit(item + u, blocks[u], count, end, config) for u in within]
+            scores = _mask_columns(scores, limits, config)
+            blocks = next_blocks(item + config.step)
         state, weights, _ = _raise_top(state, scores, config.scale * LOG2_E)
-        weights = weights.astype(config.dtype)
-        plgpu.barrier_wait(scratch.v_full.at[slot])
-        out = _add_products(state.out, [(weights, scratch.v_smem.at[slot])], config)
-        _release(scratch, slot, config)
-        return state._replace(out=out), block
+        state = state._replace(mass=state.mass + sum(weights[1:], weights[0]).sum(axis=1))
+        weights = tuple(x.astype(config.dtype) for x in weights)
+        state, weights = _end_softmax(scratch, slots, state, weights, config)
+        pairs = [(x, scratch.v_smem.at[slot]) for x, slot in zip(weights, slots, strict=True)]
+        out = _add_products(state.out, pairs, config)
+        _release(config, *(scratch.v_free.at[slot] for slot in slots))
+        return state._replace(out=out), blocks
 
-    block = _block_id(refs, at, 0, config) if config.ragged else jnp.int32(0)
-    return lax.fori_loop(0, _count(refs, at, config), attend, (state, block))[0]
+    if config.take_turns:  # the second one starts half a step later, the first one ends earlier
+        pl.when(warpgroup == 1)(lambda: _take_turn(scratch))
+    steps = lax.div(_items(count, config), jnp.int32(config.step))
+    state, _ = lax.fori_loop(0, steps, attend, (_start(config), next_blocks(0)))
+    if config.take_turns:
+        pl.when(warpgroup == 0)(lambda: _take_turn(scratch))
+    return state
 
 
 def _mask_tail(scores, scratch: _Scratch, tile, config: _Config):
@@ -345,20 +417,23 @@ def _attend_tile(scratch, q_smem, state, shares, tile, item, config: _Config):
     """Zeroth order of 64 key blocks; adds their weights to the shares of their groups."""
     slot, rows = _slot(item, config), pl.ds(0, TILE)
     plgpu.barrier_wait(scratch.k_full.at[slot])
-    scores = _scores(q_smem, scratch.k_smem.at[slot, rows], config)
+    (scores,) = _scores(q_smem, [scratch.k_smem.at[slot, rows]], config)
     length = scratch.length_smem.at[pl.ds(tile * TILE, TILE)]
     length = _load(length, plgpu.Layout.WGMMA.reduce(0), config)
     scores = scores * (config.scale * LOG2_E) + lax.broadcast_in_dim(length, scores.shape, [1])
     scores = _mask_tail(scores, scratch, tile, config)
-    state, weights, fade = _raise_top(state, scores, 1.0)
+    state, (weights,), fade = _raise_top(state, (scores,), 1.0)
     if len(shares) == 1:
-        shares = (shares[0] * fade + weights.sum(axis=1),)
+        added = weights.sum(axis=1)
+        shares = (shares[0] * fade + added,)
     else:  # a tile is all of both groups
         shares = tuple(x.sum(axis=1) for x in (weights[:, :WORD], weights[:, WORD:]))
+        added = shares[0] + shares[1]
+    state = state._replace(mass=state.mass + added)
     weights = weights.astype(config.dtype)
     plgpu.barrier_wait(scratch.v_full.at[slot])
     out = _add_products(state.out, [(weights, scratch.v_smem.at[slot, rows])], config)
-    _release(scratch, slot, config)
+    _release(config, scratch.k_free.at[slot], scratch.v_free.at[slot])
     return state._replace(out=out), shares
 
 
@@ -376,7 +451,7 @@ def _add_first_order(scratch, q_smem, out, share, item, config: _Config):
     for full in (scratch.k_full, scratch.v_full)[: len(halves)]:
         plgpu.barrier_wait(full.at[slot])
     out = _add_products(out, pairs, config)
-    _release(scratch, slot, config)
+    _release(config, scratch.k_free.at[slot], scratch.v_free.at[slot])
     return out
 
 
@@ -410,9 +485,10 @@ def _compute(refs, scratch, out_ref, lse_ref, at, warpgroup, config: _Config):
     q_full = scratch.q_full.at[warpgroup]
     plgpu.copy_gmem_to_smem(refs.q.at[b, rows, n], q_smem, q_full)
     plgpu.barrier_wait(q_full)
-    state = _attend_blocks(refs, scratch, q_smem, _start(config), at, config)
+    state = _attend_blocks(refs, scratch, q_smem, at, warpgroup, config)
     if config.tail is not None:
-        state = _attend_tail(scratch, q_smem, state, _count(refs, at, config), config)
+        first = _items(_count(refs, at, config), config)
+        state = _attend_tail(scratch, q_smem, state, first, config)
     mass = jnp.where(state.mass == 0, 1.0, state.mass)  # no key at all: 0
     q_smem[...] = (state.out / _rows(mass, state.out.shape)).astype(config.dtype)
     if lse_ref is not None:
@@ -427,7 +503,8 @@ def _compute(refs, scratch, out_ref, lse_ref, at, warpgroup, config: _Config):
 def _kernel(*args, num_operands: int, num_outputs: int, config: _Config):
     refs = _Operands(*args[:num_operands])
     out_ref, lse_ref = (*args[num_operands : num_operands + num_outputs], None)[:2]
-    scratch = _Scratch(*args[num_operands + num_outputs :])
+    scratch = dict(zip(_scratch_types(config), args[num_operands + num_outputs :], strict=True))
+    scratch = _Scratch(**scratch)
     at = tuple(lax.axis_index(name) for name in ("batch", "head", "block"))
     warpgroup = lax.axis_index("warpgroup")
     shared = config.warpgroups > 1  # alone, a compute warpgroup fits twice on a multiprocessor
@@ -445,17 +522,20 @@ def _kernel(*args, num_operands: int, num_outputs: int, config: _Config):
         _copy_blocks(refs, scratch, at, config)
 
 
-def _scratch_types(config: _Config) -> _Scratch:
+def _scratch_types(config: _Config) -> dict[str, Any]:
+    """The fields of `_Scratch` that the program has."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tile = functools.partial(plgpu.SMEM, dtype=config.dtype, transforms=transforms)
     slot = (config.stages, config.block_kv, config.head_dim)
-    masks = {}
+    extra = {}
+    if config.take_turns:
+        extra["turn"] = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=1)
     if config.tail is not None:
-        masks["skipped_smem"] = plgpu.SMEM((config.tail.words,), jnp.int32)
-        masks["length_smem"] = plgpu.SMEM((config.tail.columns,), jnp.float32)
+        extra["skipped_smem"] = plgpu.SMEM((config.tail.words,), jnp.int32)
+        extra["length_smem"] = plgpu.SMEM((config.tail.columns,), jnp.float32)
         copies = 1 + num_blocks(config.tail.columns, COPY)
-        masks["mask_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=1)
-    return _Scratch(
+        extra["mask_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=1)
+    return dict(
         q_smem=tile((config.warpgroups, ROWS, config.head_dim)),
         k_smem=tile(slot),
         v_smem=tile(slot),
@@ -463,17 +543,18 @@ def _scratch_types(config: _Config) -> _Scratch:
         q_full=plgpu.Barrier(num_barriers=config.warpgroups),
         k_full=plgpu.Barrier(num_barriers=config.stages),
         v_full=plgpu.Barrier(num_barriers=config.stages),
-        free=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
-        **masks,
+        k_free=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
+        v_free=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
+        **extra,
     )
 
 
 def _run(operands: _Operands, config: _Config, return_lse: bool, interpret: Any) -> list[Array]:
-    """The kernel on padded operands: output and, if wanted, log-sum-exp [B, N, I·block_q]."""
-    b, t, n, _ = operands.q.shape
+    """The kernel: output as long as q and, if wanted, log-sum-exp [B, N, I·block_q]."""
+    b, n, rows = operands.count.shape
     outputs = [jax.ShapeDtypeStruct(operands.q.shape, config.dtype)]
     if return_lse:
-        outputs.append(jax.ShapeDtypeStruct((b, n, t), jnp.float32))
+        outputs.append(jax.ShapeDtypeStruct((b, n, rows * config.block_q), jnp.float32))
     inputs = [x for x in operands if x is not None]
     body = functools.partial(
         _kernel, num_operands=len(inputs), num_outputs=len(outputs), config=config
@@ -482,9 +563,9 @@ def _run(operands: _Operands, config: _Config, return_lse: bool, interpret: Any)
     return plgpu.kernel(
         body,
         out_type=outputs,
-        scratch_types=[x for x in _scratch_types(config) if x is not None],
+        scratch_types=list(_scratch_types(config).values()),
         # The last axis runs fastest: programs that run together share a head's keys in L2.
-        grid=(b, n, t // config.block_q),
+        grid=(b, n, rows),
         grid_names=("batch", "head", "block"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
@@ -493,9 +574,41 @@ def _run(operands: _Operands, config: _Config, return_lse: bool, interpret: Any)
     )(*inputs)
 
 
-def _pad(x: Array, axis: int, multiple: int) -> Array:
-    """Zeros at the end of `axis` up to a multiple; no copy where it is one already."""
-    return pad_axis(x, axis, num_blocks(x.shape[axis], multiple) * multiple)
+def _pad(x: Array, axis: int, multiple: int, value: int = 0) -> Array:
+    """`value` at the end of `axis` up to a multiple; no copy where it is one already."""
+    return pad_axis(x, axis, num_blocks(x.shape[axis], multiple) * multiple, value)
+
+
+def _stage_bytes(config: _Config) -> tuple[int, int]:
+    """Shared memory without the ring, and of one of its slots."""
+    fixed = RESERVED + config.block_q * (2 * config.head_dim + 4)
+    if config.tail is not None:
+        fixed += 4 * (config.tail.words + config.tail.columns)
+    return fixed, 4 * config.block_kv * config.head_dim
+
+
+def _with_options(config: _Config, options: Mapping[str, int] | None) -> _Config:
+    """The config with the options given, or else with those known best, as far as they fit."""
+    form = config.block_q, config.block_kv
+    fixed, slot = _stage_bytes(config)
+    most = (MEMORY - fixed) // slot
+    if options is None:
+        case = dict(head_dim=config.head_dim, block_q=config.block_q, block_kv=config.block_kv)
+        density = config.slots / config.key_blocks
+        chosen = DEFAULTS[form] | tuned("mosaic_gpu", **case, density=density, dtype=config.dtype)
+        chosen["stages"] = min(chosen["stages"], most)
+    else:
+        check_options("mosaic_gpu", options)
+        chosen = DEFAULTS[form] | options
+    # Of two that take turns one begins a step before the other ends its last: fewer would hang.
+    if not 2 * chosen["step"] <= chosen["stages"] <= most:
+        rule = f"from {2 * chosen['step']}, twice step, to {most}, what fits here"
+        raise NotImplementedError(f"stages={chosen['stages']} must be {rule}")
+    if chosen["step"] > 1 and config.block_kv > 64:
+        raise NotImplementedError(f"step={chosen['step']} must be 1 with key blocks over 64")
+    if chosen["take_turns"] and config.warpgroups == 1:
+        raise NotImplementedError("take_turns=1 must be 0 with query blocks of 64")
+    return dataclasses.replace(config, **chosen)
 
 
 def _plan_tail(group: int, key_blocks: int, order: int) -> _Tail:
@@ -511,16 +624,18 @@ def _plan_tail(group: int, key_blocks: int, order: int) -> _Tail:
 
 def _skipped_words(blocks: BlockIndex, length: Array, config: _Config) -> Int[Array, "B N I W"]:
     """A bit for each key block that is listed, empty or padding."""
-    columns, shape = WORD * config.tail.words, blocks.count.shape
-    empty = jnp.ones((len(length), columns), jnp.bool_).at[:, : length.shape[1]].set(length == 0)
+    words, (b, n, rows) = config.tail.words, blocks.count.shape
+    bits = jnp.left_shift(jnp.uint32(1), jnp.arange(WORD, dtype=jnp.uint32))
+    empty = _pad(length == 0, 1, WORD * words, True).reshape(b, 1, 1, words, WORD)
+    empty = jnp.where(empty, bits[None, None, None, None, :], 0).sum(axis=-1, dtype=jnp.uint32)
     slot = jnp.arange(config.slots, dtype=jnp.int32)[None, None, None, :]
     ids = jnp.clip(blocks.ids, 0, config.key_blocks - 1)
-    ids = jnp.where(slot < blocks.count[..., None], ids, columns)
-    skipped = jnp.broadcast_to(empty[:, None, None, :], (*shape, columns))
-    skipped = jnp.put_along_axis(skipped, ids, True, axis=-1, inplace=False, mode="drop")
-    bit = jnp.left_shift(jnp.uint32(1), jnp.arange(WORD, dtype=jnp.uint32))
-    words = jnp.where(skipped.reshape(*shape, -1, WORD), bit[None, None, None, None, :], 0)
-    return lax.bitcast_convert_type(words.sum(axis=-1, dtype=jnp.uint32), jnp.int32)
+    bit = jnp.left_shift(jnp.uint32(1), (ids % WORD).astype(jnp.uint32))
+    bit = jnp.where(slot < blocks.count[..., None], bit, jnp.uint32(0))
+    row = jnp.arange(b * n * rows, dtype=jnp.int32).reshape(b, n, rows, 1) * words
+    # Ids are distinct, so that the sum of their bits is their union.
+    listed = jnp.zeros(b * n * rows * words, jnp.uint32).at[row + ids // WORD].add(bit)
+    return lax.bitcast_convert_type(listed.reshape(b, n, rows, words) | empty, jnp.int32)
 
 
 def _tail_operands(blocks: BlockIndex, tail: BlockStatistics, config: _Config) -> dict[str, Array]:
@@ -567,6 +682,7 @@ def block_sparse_attention(
     kv_length: Int[Array, " B"] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    options: Mapping[str, int] | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `api.block_sparse_attention`. One program a query block; needs a Hopper GPU.
@@ -580,14 +696,18 @@ def block_sparse_attention(
     matrices and q times a group's weight are rounded to q.dtype, sums stay in float32. Groups of
     32 blocks, of multiples of 64, or one group.
 
-    T and S that are no multiples of the blocks cost a padded copy of q, or of k and v, and a slice
-    of the output; kv_length costs a copy of v whose padding is zero.
+    T and S need be no multiples of the blocks: a copy from beyond the end of an array brings zeros,
+    and one to there stores nothing. They cost a padded copy of q, or of k and v, only where they
+    are no multiples of 8. kv_length costs a copy of v whose padding is zero.
 
     Args:
-        interpret: `InterpretGPUParams()` simulates the kernel on a CPU; None compiles it.
+        options: values of `TUNABLE`, for speed alone; None takes those known best (`tuned`).
+        interpret: `compat.interpret_gpu()` simulates the kernel on a CPU; None compiles it.
 
     Raises:
-        NotImplementedError: dtype, head size, block sizes or tail outside what the kernel takes.
+        ValueError: an option that is not in `TUNABLE`.
+        NotImplementedError: dtype, head size, block sizes or tail outside what the kernel takes, or
+            options that do not go together or fit into shared memory.
     """
     b, t, _, h = q.shape
     s = k.shape[1]
@@ -608,14 +728,19 @@ def block_sparse_attention(
         scale=scale,
         key_blocks=key_blocks,
         slots=blocks.ids.shape[-1],
-        stages=STAGES[block_q, block_kv],
+        stages=2,
+        step=1,
+        take_turns=0,
         ragged=kv_length is not None or s % block_kv != 0,
         tail=None if tail is None else _plan_tail(tail.group, key_blocks, order),
         simulated=interpret is not None,
     )
+    config = _with_options(config, options)
     extra = {} if tail is None else _tail_operands(blocks, tail, config)
-    k, v = (_pad(x, 1, block_kv) for x in (k, v))
-    operands = _Operands(_pad(q, 1, block_q), k, v, blocks.ids, blocks.count, length, **extra)
+    whole = config.simulated and not compat.SIMULATES_ENDS
+    q = _pad(q, 1, block_q if whole else TOKENS)
+    k, v = (_pad(x, 1, block_kv if whole else TOKENS) for x in (k, v))
+    operands = _Operands(q, k, v, blocks.ids, blocks.count, length, **extra)
     out, *lse = _run(operands, config, return_lse, interpret)
     out = out[:, :t]
     return (out, jnp.moveaxis(lse[0], 1, 2)[:, :t]) if return_lse else out
