@@ -405,15 +405,16 @@ def _vmem_capacity() -> int:
 def _vmem_bytes(config: _Config, k: Array, tail: tuple[Any, ...]) -> tuple[int, int]:
     """VMEM one program cannot do without, and ample room for the chunks at work."""
     padded = num_blocks(k.shape[3], LANES) * LANES
-    held = 4 * config.slots * config.block_kv if config.gather else k.shape[2]
-    resident = 2 * held * padded * k.dtype.itemsize
+    keys = config.slots * config.block_kv
+    # Gathered: two halves of two chunks, and what the compiler needs to read one.
+    held = 4.5 * keys if config.gather else k.shape[2]
+    resident = int(2 * held) * padded * k.dtype.itemsize
     for x in jax.tree.leaves(tail):
         resident += (
             math.prod(x.shape[-2 if x.ndim < 5 else -3 : -1])
             * x.dtype.itemsize
             * max(x.shape[-1], LANES)
         )
-    keys = config.slots * config.block_kv
     working = 2 * keys * (2 * padded * k.dtype.itemsize + config.block_q * 12)
     # What the compiler got by with at the edge of a v5p: 2.2 MiB for 128 rows, 4.4 for 256.
     least = max(config.block_q, LANES) * 9 * 1024 * k.dtype.itemsize
@@ -421,10 +422,14 @@ def _vmem_bytes(config: _Config, k: Array, tail: tuple[Any, ...]) -> tuple[int, 
 
 
 def _fit_vmem(config: _Config, k: Array, tail: tuple[Any, ...]) -> _Config:
-    """The form that VMEM holds: a head resident where it can be, else listed blocks gathered."""
+    """The form that VMEM holds: a head resident, else gathered by the longest chunks that fit."""
     capacity = _vmem_capacity()
-    for gather in (False, True):
-        config = dataclasses.replace(config, gather=gather)
+    step = LANES // config.block_kv
+    shorter = [config.slots]
+    while shorter[-1] > step:
+        shorter.append(num_blocks(shorter[-1], 2 * step) * step)
+    for gather, slots in [(False, config.slots)] + [(True, slots) for slots in shorter]:
+        config = dataclasses.replace(config, gather=gather, slots=slots)
         need, _ = _vmem_bytes(config, k, tail)
         if need <= capacity:
             return config
@@ -543,7 +548,7 @@ def block_sparse_attention(
         scale: factor on q·k; None means H^-1/2.
         return_lse: also return the log-sum-exp.
         options: of `TUNABLE`; None takes what was measured best for the device, see `tuning`. They
-            change no number beyond rounding.
+            change no number beyond rounding; gathered chunks are halved until VMEM holds them.
 
     Returns:
         Output in q.dtype, and with `return_lse` the natural log-sum-exp in float32.
