@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 from tqdm import tqdm
 
 from pasa_jax import sampling
@@ -198,7 +198,7 @@ def shrink(window: Window, move: int) -> tuple[Window, tuple[int, int, int, int]
     return ((a, b, c, d - 1), (1, d, c + 1, a + 1)) if d > 0 else None
 
 
-def fold(table: Float[np.ndarray, "*G dy dx"]) -> Float[np.ndarray, "*G Ny Nx"]:
+def fold(table: Num[np.ndarray, "*G dy dx"]) -> Num[np.ndarray, "*G Ny Nx"]:
     """Sums over the signs of dy and dx: entry [y, x] is that of |dy| = y, |dx| = x."""
     rows, columns = table.shape[-2] // 2, table.shape[-1] // 2
     half = table[..., rows:, :].copy()
