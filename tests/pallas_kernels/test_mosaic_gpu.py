@@ -46,20 +46,23 @@ STEP = {"stages": 4, "step": 2}
 
 
 @pytest.mark.parametrize(
-    ("t", "s", "block_q", "block_kv", "h", "dtype", "length", "options"),
+    ("form", "tokens", "h", "dtype", "length", "slots", "options"),
     [
-        pytest.param(67, 199, 64, 64, 64, "bfloat16", (199, 70), None, id="blocks64x64"),
-        pytest.param(200, 333, 128, 64, 64, "bfloat16", None, STEP, id="blocks128x64-step2"),
-        pytest.param(131, 384, 128, 128, 128, "float16", None, None, id="blocks128x128-H128-turns"),
+        pytest.param(
+            (64, 64), (67, 199), 64, "bfloat16", (199, 70), 3, {"stages": 2}, id="blocks64x64"
+        ),
+        pytest.param((128, 64), (200, 333), 64, "bfloat16", None, 5, STEP, id="blocks128x64-step2"),
+        pytest.param((128, 128), (131, 384), 128, "float16", None, 3, None, id="blocks128x128"),
     ],
 )
 def test_equals_closed_form(
-    truth, problem, interpreted, t, s, block_q, block_kv, h, dtype, length, options
+    truth, problem, interpreted, form, tokens, h, dtype, length, slots, options
 ):
+    (block_q, block_kv), (t, s) = form, tokens
     b = 1 if length is None else len(length)
     kw = dict(b=b, n=1, h=h, dtype=dtype, spread=1)
-    q, k, v, blocks = problem(t, s, block_q, block_kv, 3, **kw)
-    count = blocks.count.at[0, 0, 0].set(0).at[0, 0, 1].set(3)  # fewer, and more than stages
+    q, k, v, blocks = problem(t, s, block_q, block_kv, slots, **kw)
+    count = blocks.count.at[0, 0, 0].set(0).at[0, 0, 1].set(slots)  # fewer, and more than stages
     blocks = BlockIndex(blocks.ids, count)
     kw = dict(block_q=block_q, block_kv=block_kv, return_lse=True)
     kw["kv_length"] = None if length is None else jnp.asarray(length, jnp.int32)
@@ -87,6 +90,16 @@ def test_nan_in_dropped_blocks_stays_out(truth, problem, interpreted):
     k, v = (poisoned(x, blocks, 64) for x in (k, v))
     out = interpreted(q, k, v, blocks, block_q=64, block_kv=64, options=STEP)
     assert distance(out, want) < TOLERANCE["bfloat16"]
+
+
+@pytest.mark.skipif(not compat.FINDS_RACES, reason="this JAX looks for no races")
+def test_races_are_found(problem, interpreted, monkeypatch):
+    """What tells a slot's last reads from the next copy into it, left out: the others may trust."""
+    monkeypatch.setattr(mosaic_gpu.plgpu, "commit_smem", lambda: None)
+    q, k, v, blocks = problem(64, 192, 64, 64, 3, b=1, n=1, h=64, dtype="bfloat16")
+    blocks = blocks._replace(count=jnp.full_like(blocks.count, 3))
+    with pytest.raises(Exception, match="RACE"):
+        interpreted(q, k, v, blocks, block_q=64, block_kv=64, options={"stages": 2})
 
 
 def worst_first(q, k, block_q, block_kv, slots):
