@@ -1,0 +1,238 @@
+"""How much attention mass a method's blocks hold, and how wrong its output is: `pasa-jax inspect`.
+
+Everything is measured on given q, k, v, so that a change in a method shows at once.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from pasa_jax.attention import Attention, attend
+from pasa_jax.pallas_kernels import api
+from pasa_jax.policies import AttentionShape, Context, Plan, Policy
+from pasa_jax.recording import Recording
+from pasa_jax.video import atomic
+
+
+class Judged(NamedTuple):
+    """What a policy does to one recording.
+
+    Attributes:
+        density: exact share of the key blocks.
+        recall: share of the attention mass that lies in exact blocks, by head, mean over the rest.
+        error: ‖output − dense‖ / ‖dense‖ by head.
+        mass: attention mass of key blocks by query blocks [N, I, J] of batch row 0, in the order
+            of tokens that the policy works in; a row sums to 1.
+        mask: which of these blocks are exact.
+    """
+
+    density: float
+    recall: Float[np.ndarray, " N"]
+    error: Float[np.ndarray, " N"]
+    mass: Float[np.ndarray, "N I J"]
+    mask: Bool[np.ndarray, "N I J"]
+
+
+def judge(
+    policy: Policy,
+    recording: Recording,
+    *,
+    steps: int = 50,
+    step: int | None = None,
+    layer: int = 1,
+    seed: int = 0,
+    curve: Sequence[float] | None = None,
+) -> Judged:
+    """Runs a policy's plan on a recording, its search before it where it has one.
+
+    Args:
+        policy: its dense layers are not looked at.
+        recording: q, k, v.
+        steps: denoising steps of the run that the policy believes to be in.
+        step: which of them; None takes the middle one of those that run its plan.
+        layer: which layer it believes to be in.
+        seed: of its random numbers.
+        curve: velocity distances [steps] that its budget may follow.
+
+    Returns:
+        Density, recall and error, and the maps of batch row 0.
+
+    Raises:
+        ValueError: a policy that never plans, or a step at which it does not.
+    """
+    grid, modes = recording.grid, policy.modes(steps)
+    planned = [i for i, mode in enumerate(modes) if mode not in ("dense", "search")]
+    if not planned:
+        raise ValueError(f"{policy} runs dense at all of {steps=}: nothing to judge")
+    step = planned[len(planned) // 2] if step is None else step
+    if step not in planned:
+        raise ValueError(f"{step=} must be one that is not dense: {planned[0]} to {planned[-1]}")
+    order = policy.token_order(grid)
+    q, k, v = (
+        jnp.asarray(x if order is None else x[:, order])
+        for x in (recording.q, recording.k, recording.v)
+    )
+    blocks = grid.num_blocks(policy.block_kv)
+    budgets = policy.budgets(steps, blocks, curve if policy.reads_curve else None)
+    bound = policy.max_budget(steps, blocks, curve if policy.reads_curve else None)
+    shape = AttentionShape(1, *(q.shape[i] for i in (0, 2, 3)), grid)
+    state = jax.tree.map(lambda x: x[0], policy.init_state(shape))
+    run = _Run(dataclasses.replace(policy, dense_layers=()), grid, bound)
+    keys = jax.random.split(jax.random.key(seed), 1)
+    first = modes.index("search") if "search" in modes else None
+    if first is not None:
+        where = (jnp.int32(first), jnp.int32(layer), jnp.int32(blocks), keys)
+        state = _attend(run, "search", where, state, q, k, v)[1].state
+    where = (jnp.int32(step), jnp.int32(layer), jnp.int32(budgets[step]), keys)
+    out, record = _attend(run, modes[step], where, state, q, k, v)
+    plan = _plan(run, modes[step], where, state, q, k, v)
+    exact = api.dense_attention(q, k, v)
+    error = jnp.linalg.norm(out - exact, axis=(1, 3)) / jnp.linalg.norm(exact, axis=(1, 3))
+    mass, recall = _masses(plan, policy, q, k)
+    return Judged(
+        float(record.density), recall, np.asarray(error).mean(0), mass, _mask(plan, mass.shape[2])
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What is static about a judged policy."""
+
+    policy: Policy
+    grid: Any
+    bound: int
+
+
+def _attend(run: _Run, mode: str, where, state, q, k, v):
+    @jax.jit
+    def call(where, state, q, k, v):
+        step, layer, budget, keys = where
+        attention = Attention(run.policy, mode, step, budget, keys, run.bound)
+        return attend(q, k, v, attention, layer=layer, state=state, grid=run.grid)
+
+    return call(where, state, q, k, v)
+
+
+def _plan(run: _Run, mode: str, where, state, q, k, v) -> Plan:
+    @jax.jit
+    def call(where, state, q, k, v):
+        context = Context(*where, run.bound, mode, run.grid)
+        plan, _ = run.policy.plan(q[:, : run.grid.num_tokens], k, v, context, state)
+        return plan.blocks, plan.head_order
+
+    blocks, order = call(where, state, q, k, v)
+    return Plan(blocks, head_order=order)
+
+
+def _masses(plan: Plan, policy: Policy, q, k) -> tuple[np.ndarray, np.ndarray]:
+    """Mass map [N, I, J] of batch row 0, and recall of every head over all rows; head by head."""
+    maps, recalls = [], []
+    for head in range(q.shape[2]):
+        own = [x[:, :, head : head + 1] for x in (q, k)]
+        if plan.head_order is not None:
+            index = jnp.moveaxis(plan.head_order[:, head : head + 1], 1, 2)[..., None]
+            own = [jnp.take_along_axis(x, index, axis=1) for x in own]
+        ids = plan.blocks.ids[:, head : head + 1]
+        count = plan.blocks.count[:, head : head + 1]
+        mass = _mass(*own, policy.block_q, policy.block_kv)
+        held = np.take_along_axis(mass, np.asarray(ids), axis=-1)
+        live = np.arange(ids.shape[-1]) < np.asarray(count)[..., None]
+        recalls.append((held * live).sum() / mass.sum())
+        maps.append(mass[0, 0] / mass[0, 0].sum(-1, keepdims=True))
+    return np.stack(maps), np.asarray(recalls)
+
+
+def _mass(q, k, block_q: int, block_kv: int) -> np.ndarray:
+    """Attention mass of every key block by query block [B, 1, I, J]."""
+    top = -(-k.shape[1] // block_kv)
+
+    @jax.jit
+    def call(q, k):
+        _, lse = api.dense_attention(q, k, k, return_lse=True)
+        found = api.block_mass(q, k, lse, block_q=block_q, block_kv=block_kv, top=top)
+        return found.ids, found.mass
+
+    ids, mass = (np.asarray(x) for x in call(q, k))
+    full = np.zeros_like(mass)
+    np.put_along_axis(full, ids, mass, axis=-1)
+    return full
+
+
+def _mask(plan: Plan, columns: int) -> np.ndarray:
+    """bool [N, I, J] of batch row 0."""
+    ids, count = (np.asarray(x[0]) for x in plan.blocks)
+    mask = np.zeros((*count.shape, columns + 1), bool)
+    live = np.arange(ids.shape[-1]) < count[..., None]
+    np.put_along_axis(mask, np.where(live, ids, columns), True, axis=-1)
+    return mask[..., :columns]
+
+
+def picture(judged: Judged, head: int) -> np.ndarray:
+    """uint8 [I, 2·J + 2, 3]: the head's mass map, dark is much, beside the mask, dark is exact."""
+    mass = judged.mass[head]
+    # The fourth root shows faint mass; 1 is a row's whole.
+    grey = 1 - mass**0.25
+    gap = np.ones((len(mass), 2))
+    both = np.concatenate([grey, gap, 1 - judged.mask[head]], axis=1)
+    return np.repeat((255 * both).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def write_inspection(
+    path: Path,
+    recording: Recording,
+    judged: dict[str, Judged],
+    *,
+    head: int,
+    budgets: dict[str, Sequence[float]],
+) -> Path:
+    """Draws the mass map beside each policy's mask, and the budgets over the steps; JSON beside it.
+
+    Args:
+        path: target, ending in .png; figures go to the same name with .json.
+        recording: what was judged.
+        judged: by label.
+        head: which one is drawn.
+        budgets: density by step, a curve a label.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4 * len(judged) + 3), layout="constrained")
+    rows = figure.subplots(len(judged) + 1, 1, height_ratios=[3] * len(judged) + [2])
+    for axes, (name, one) in zip(rows, judged.items(), strict=False):
+        axes.imshow(picture(one, head), interpolation="nearest")
+        axes.set(xticks=[], yticks=[], xlabel="key blocks: attention mass, then exact blocks")
+        axes.set_title(
+            f"{name}: density {one.density:.3f}, recall {one.recall[head]:.3f}, "
+            f"error {one.error[head]:.3f}",
+            fontsize="small",
+        )
+    for name, density in budgets.items():
+        rows[-1].plot(density, label=name)
+    rows[-1].set(xlabel="step", ylabel="density", ylim=(0, 1.05))
+    rows[-1].legend(fontsize="small")
+    figure.suptitle(f"{recording.name}, head {head}")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
+    told = {
+        name: {
+            "density": one.density,
+            "recall": one.recall.round(6).tolist(),
+            "error": one.error.round(6).tolist(),
+            "budgets": list(map(float, budgets[name])),
+        }
+        for name, one in judged.items()
+    }
+    content = {"recording": recording.name, "grid": recording.grid.sizes, "policies": told}
+    with atomic(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path

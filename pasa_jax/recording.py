@@ -1,0 +1,152 @@
+"""Queries, keys and values for looking at methods: recorded from a real run, or planted."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import io_callback
+from jaxtyping import Array, Float
+
+from pasa_jax.grid import TokenGrid
+from pasa_jax.pallas_kernels import api
+from pasa_jax.pipeline import Pipeline
+from pasa_jax.policies import Context, Policy
+
+
+class Recording(NamedTuple):
+    """Self-attention's operands in one layer of one step, in raster order.
+
+    Attributes:
+        q, k, v: f32 [B, T, N, H], rotated and normalised as attention takes them.
+        grid: their tokens.
+        name: where they come from.
+    """
+
+    q: Float[np.ndarray, "B T N H"]
+    k: Float[np.ndarray, "B T N H"]
+    v: Float[np.ndarray, "B T N H"]
+    grid: TokenGrid
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Recorder(Policy):
+    """Dense attention that hands one layer's operands of one step to the host.
+
+    Compared by identity: each recorder's program calls back into its own list.
+    """
+
+    step: int
+    layer: int
+    kept: list[Any] = dataclasses.field(default_factory=list)
+    dense_layers: tuple[int, ...] = ()
+
+    def modes(self, num_steps: int) -> tuple[str, ...]:
+        """ "search" at the step, "dense" at all others."""
+        return tuple("search" if i == self.step else "dense" for i in range(num_steps))
+
+    def search(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S N H"],
+        v: Float[Array, "B S N H"],
+        context: Context,
+        state: Any,
+    ) -> tuple[Float[Array, "B T N H"], Any]:
+        """Dense output; keeps q, k and v of the layer."""
+
+        def keep(q, k, v):
+            self.kept.append([np.asarray(x, np.float32) for x in (q, k, v)])
+
+        jax.lax.cond(
+            context.layer == self.layer,
+            lambda: io_callback(keep, None, q, k, v),
+            lambda: None,
+        )
+        return api.dense_attention(q, k, v), state
+
+
+class _Enough(Exception):
+    """Ends a run whose rest nobody needs."""
+
+
+def record(
+    pipeline: Pipeline, prompt: str, *, layer: int, step: int, seed: int = 0, **options: Any
+) -> Recording:
+    """Operands of one layer's self-attention at one step of a dense run.
+
+    Args:
+        pipeline: its model is sampled, up to that step.
+        prompt, seed: of the run.
+        layer: index in the whole stack.
+        step: denoising step, 0 the noisiest.
+        options: further ones of `Pipeline.generate`.
+
+    Raises:
+        ValueError: no such layer or step, or an option that `generate` refuses.
+    """
+    card = pipeline.card
+    names = {field.name for field in dataclasses.fields(card.defaults)}
+    chosen = card.settings(**{key: value for key, value in options.items() if key in names})
+    for name, value, end in (
+        ("layer", layer, card.config.num_layers),
+        ("step", step, chosen.steps),
+    ):
+        if not 0 <= value < end:
+            raise ValueError(f"{name}={value} must be from 0 to {end - 1}")
+    recorder = _Recorder(step=step, layer=layer)
+
+    def stop(i, latents):
+        if i == step:
+            raise _Enough
+
+    try:
+        pipeline.generate([prompt], policy=recorder, seeds=[seed], observe=stop, **options)
+    except _Enough:
+        jax.effects_barrier()
+    q, k, v = recorder.kept[0]
+    return Recording(q, k, v, card.grid(chosen), f"{card.name}, layer {layer}, step {step}")
+
+
+def planted(grid: TokenGrid, *, head_dim: int = 64, seed: int = 0) -> Recording:
+    """Three heads of known shape over random ones, batch 1: local, cross-shaped, global.
+
+    Random normal q, k and v, as a model of random weights has behind its norms; on top, q and k
+    of the first head make logits that fall with the squared distance (e-fold at two tokens), of
+    the second ones that reward an equal row or column (twice for both), whatever the frame; in the
+    third head every fiftieth key draws all queries, the rest is left even.
+
+    Args:
+        grid: video tokens; rows + columns at most half of `head_dim`.
+        head_dim: H, at least 16.
+        seed: of the random part.
+
+    Raises:
+        ValueError: rows and columns that do not fit the head.
+    """
+    places = grid.rows + grid.columns
+    if head_dim < 16 or 2 * places > head_dim:
+        raise ValueError(
+            f"{head_dim=} must be at least 16 and twice the {places} rows and columns of {grid}"
+        )
+    rng = np.random.default_rng(seed)
+    shape = (1, grid.num_tokens, 3, head_dim)
+    q, k = (0.5 * rng.standard_normal(shape) for _ in range(2))
+    v = rng.standard_normal(shape)
+    root = head_dim**0.5  # attention divides by it
+    axes = [x.reshape(-1).astype(np.float64) for x in np.indices(grid.sizes)]
+    at = np.stack([x - x.mean() for x in axes], 1)
+    # −|a − b|²/4 = a·b/2 − |b|²/4, but for a term that all keys of a query share.
+    q[0, :, 0, :4] = np.concatenate([at, np.ones((len(at), 1))], 1) * root
+    k[0, :, 0, :4] = np.concatenate([at / 2, -(at**2).sum(1, keepdims=True) / 4], 1)
+    cross = np.concatenate([np.eye(grid.rows)[axes[1].astype(int)], _one_hot(grid, axes)], 1)
+    q[0, :, 1, :places] += 4 * root * cross
+    k[0, :, 1, :places] += cross
+    q[0, :, 2, 0] = root
+    k[0, :, 2, 0] = np.where(np.arange(grid.num_tokens) % 50 == 0, 4.0, 0.0)
+    return Recording(*(x.astype(np.float32) for x in (q, k, v)), grid, "planted heads")
+
+
+def _one_hot(grid: TokenGrid, axes: list[np.ndarray]) -> np.ndarray:
+    return np.eye(grid.columns)[axes[2].astype(int)]
