@@ -17,7 +17,9 @@ from pasa_jax.policies.compact import Compact, CompactMasks
 from pasa_jax.policies.dense import Dense
 from pasa_jax.policies.pasa import Pasa
 from pasa_jax.policies.pisa import Pisa
+from pasa_jax.policies.radial import Radial
 from pasa_jax.policies.rectified import Rectified
+from pasa_jax.policies.sliding_tile import SlidingTile
 
 POLICIES: dict[str, type] = {
     "dense": Dense,
@@ -26,6 +28,8 @@ POLICIES: dict[str, type] = {
     "adaspa": AdaSpa,
     "compact": Compact,
     "rectified": Rectified,
+    "sliding_tile": SlidingTile,
+    "radial": Radial,
 }
 
 __all__ = [
@@ -40,8 +44,10 @@ __all__ = [
     "Pisa",
     "Plan",
     "Policy",
+    "Radial",
     "Rectification",
     "Rectified",
+    "SlidingTile",
     "make_policy",
 ]
 
