@@ -6,6 +6,7 @@ import difflib
 import functools
 import io
 import itertools
+import json
 import math
 import re
 import shlex
@@ -26,8 +27,9 @@ COMMANDS = {
     "search": "search compact: find the windows that a model's heads need, for Compact Attention",
     "convert": "turn a PyTorch checkpoint of Wan into one of Flax",
     "compare": "set methods side by side: videos, figures and curves on one page",
+    "inspect": "draw where one layer's attention lies, and which blocks methods take",
     "check": "count what tiny's videos get right, under dense attention, PISA and PASA",
-    "bench": "bench attention: time sparse against dense attention on this machine",
+    "bench": "bench attention: time sparse against dense; bench recall: what methods' blocks hold",
     "tune": "measure which options of a kernel are best on this machine, and keep them",
     "info": "say which kernels run on this machine, and why others do not",
 }
@@ -63,7 +65,7 @@ def _usage() -> str:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    functions = (generate, calibrate, search, convert, compare, check, bench, tune, info)
+    functions = (generate, calibrate, search, convert, compare, inspect, check, bench, tune, info)
     table = dict(zip(COMMANDS, functions, strict=True))
     if name not in table:
         raise ValueError(f"command={name!r} must be one of {_choices(name, list(table))}")
@@ -569,7 +571,27 @@ def convert(argv: list[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare(Sampling):
+class Methods:
+    """What all commands that set methods side by side share.
+
+    Attributes:
+        policies: methods, each in quotes with options of its own, as "pasa --noise none". PASA
+            brings PISA at 1/32 more density, what its groups cost.
+        density: exact share of the key blocks, where a method's own options do not say.
+        dense_prefix: share of the steps that run dense first, likewise.
+        dense_layers: layers that always run dense, likewise.
+        block: tokens of a block.
+    """
+
+    policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ("pasa", "pisa")
+    density: float = 0.15
+    dense_prefix: float = 0.2
+    dense_layers: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (0,)
+    block: Annotated[int | None, _of("INT", "(default: 16 below 4,096 tokens, else 64)")] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare(Methods, Sampling):
     """Options of `pasa-jax compare`.
 
     Attributes:
@@ -577,13 +599,7 @@ class Compare(Sampling):
         prompt_states: text states of the prompts, as in `pasa-jax generate`.
         count: prompts made from tiny's words.
         seed: every prompt is sampled with each of these.
-        policies: methods beside dense attention, each in quotes with options of its own, as
-            "pasa --noise none". PASA brings PISA at 1/32 more density, what its groups cost.
-        density: exact share of the key blocks, where a method's own options do not say.
-        dense_prefix: share of the steps that run dense first, likewise.
-        dense_layers: layers that always run dense, likewise.
         curve: velocity curve of `pasa-jax calibrate`, for PASA.
-        block: tokens of a block.
         batch: clips sampled together.
         shown: clips on the page.
         out: folder, made where it is missing: index.html, comparison.json, comparison.csv.
@@ -593,12 +609,7 @@ class Compare(Sampling):
     prompt_states: Annotated[tuple[Path, ...], _of("FILE ...")] = ()
     count: int = 4
     seed: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (0,)
-    policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ("pasa", "pisa")
-    density: float = 0.15
-    dense_prefix: float = 0.2
-    dense_layers: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (0,)
     curve: Annotated[Path | None, _of("FILE")] = None
-    block: Annotated[int | None, _of("INT", "(default: 16 below 4,096 tokens, else 64)")] = None
     batch: int = 4
     shown: int = 3
     out: Path = Path("comparison")
@@ -671,7 +682,7 @@ def _comparison_job(options: Compare) -> dict[str, Any]:
     )
 
 
-def _named_policies(options: Compare, block: int) -> dict[str, Any]:
+def _named_policies(options: Methods, block: int) -> dict[str, Any]:
     """The policies by the words that name them, and PISA at PASA's cost."""
     policies = {}
     for words in options.policies:
@@ -684,7 +695,7 @@ def _named_policies(options: Compare, block: int) -> dict[str, Any]:
     return policies
 
 
-def _worded_policy(words: str, options: Compare, block: int) -> Any:
+def _worded_policy(words: str, options: Methods, block: int) -> Any:
     """The policy of "name --option value ...", the command's own options as defaults."""
     from pasa_jax.policies import make_policy
 
@@ -700,6 +711,88 @@ def _worded_policy(words: str, options: Compare, block: int) -> Any:
     shared |= {"block_q": size, "block_kv": size}
     default = make_policy(name, **{key: value for key, value in shared.items() if key in known})
     return _parse(policy, f"compare, {name}", asked, policy.__doc__ or "", default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect(Methods, Sampling):
+    """Options of `pasa-jax inspect`.
+
+    Attributes:
+        prompts: one, what to show.
+        prompt_states: its text states, as in `pasa-jax generate`.
+        seed: of the run.
+        layer: whose attention is drawn.
+        head: which of its heads.
+        step: denoising step whose attention is drawn; the middle one by default.
+        curve: velocity curve of `pasa-jax calibrate`, for PASA.
+        out: .png; figures are written beside it as .json.
+    """
+
+    prompts: Prompts = ("blue and white waves moving left",)
+    prompt_states: Annotated[tuple[Path, ...], _of("FILE ...")] = ()
+    seed: int = 0
+    layer: int = 1
+    head: int = 0
+    step: Annotated[int | None, _of("INT", "(default: the middle one)")] = None
+    curve: Annotated[Path | None, _of("FILE")] = None
+    out: Path = Path("inspection.png")
+
+
+def inspect(argv: list[str]) -> None:
+    """pasa-jax inspect: attention mass and exact blocks of one layer, head and step."""
+    about = "Draws one head's attention by blocks beside the blocks that each method takes."
+    options = _parse(Inspect, "inspect", argv, about)
+    with _refusing("pasa-jax inspect"):
+        card, policies, curve, options_of_run = _inspection_job(options)
+    from pasa_jax.recall import judge, write_inspection
+    from pasa_jax.recording import record
+
+    pipeline = _load("inspect", card)
+    steps, mean = options_of_run["steps"], None if curve is None else curve.mean
+    step = steps // 2 if options.step is None else options.step
+    where = dict(layer=options.layer, step=step, seed=options.seed)
+    with _refusing("pasa-jax inspect", OSError):
+        recording = record(pipeline, options.prompts[0], **where, **options_of_run)
+        judged = {
+            name: judge(policy, recording, steps=steps, **where, curve=mean)
+            for name, policy in policies.items()
+        }
+        budgets = {name: _densities(p, recording, steps, mean) for name, p in policies.items()}
+        write_inspection(options.out, recording, judged, head=options.head, budgets=budgets)
+    for name, one in judged.items():
+        told = f"recall {one.recall[options.head]:.3f}, error {one.error[options.head]:.3f}"
+        print(f"{name}: density {one.density:.3f}, {told}")
+    print(f"wrote {options.out}")
+
+
+def _inspection_job(options: Inspect) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
+    """Card, policies, curve, and the options of the run that is recorded."""
+    from pasa_jax.settings import check_policy, check_seeds, read_card
+    from pasa_jax.video import STILL_SUFFIXES, check_target
+
+    if len(options.prompts) != 1:
+        raise ValueError(f"prompts={options.prompts} must be one")
+    card = read_card(options.model)
+    settings = options.settings(card)
+    check_seeds([options.seed])
+    check_target(options.out, STILL_SUFFIXES)
+    if not 0 <= options.head < card.config.num_heads:
+        raise ValueError(f"head={options.head} must be from 0 to {card.config.num_heads - 1}")
+    states, negative = _texts(options, card, settings)
+    curve = None if options.curve is None else _curve(options.curve)
+    policies = _named_policies(options, card.block(settings))
+    for policy in policies.values():
+        check_policy(policy, card, settings, curve if policy.reads_curve else None)
+    run = dict(states=states, negative_states=negative, progress=options.progress)
+    run |= dict(negative_prompt=options.negative_prompt, **dataclasses.asdict(settings))
+    return card, policies, curve, run
+
+
+def _densities(policy: Any, recording: Any, steps: int, curve: Any) -> list[float]:
+    """The budget of every step as a density."""
+    blocks = recording.grid.num_blocks(policy.block_kv)
+    budgets = policy.budgets(steps, blocks, curve if policy.reads_curve else None)
+    return [float(budget) / blocks for budget in budgets]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -790,14 +883,80 @@ def _check_job(options: Check) -> tuple[Any, Any, list[Any]]:
 
 
 def bench(argv: list[str]) -> None:
-    """pasa-jax bench attention: sparse against dense on this machine."""
+    """pasa-jax bench attention: seconds; pasa-jax bench recall: what methods' blocks hold."""
+    benches = {"attention": _bench_attention, "recall": _bench_recall}
     with _refusing("pasa-jax bench"):
         what = argv[0] if argv else ""
-        if what != "attention":
-            raise ValueError(f"{what!r} must be attention, as in: pasa-jax bench attention")
+        if what not in benches:
+            raise ValueError(f"{what!r} must be {' or '.join(benches)}: pasa-jax bench attention")
+    benches[what](argv[1:])
+
+
+def _bench_attention(argv: list[str]) -> None:
     from pasa_jax.bench import bench_attention
 
-    _call(bench_attention, "bench attention", argv[1:], "Times sparse against dense attention.")
+    _call(bench_attention, "bench attention", argv, "Times sparse against dense attention.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """Options of `pasa-jax bench recall`.
+
+    Attributes:
+        policies: methods, each in quotes with options of its own.
+        density: exact shares of the key blocks.
+        block: tokens of a block.
+        out: JSON file; a plot is written beside it as .png.
+    """
+
+    policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ("pasa", "pisa")
+    density: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT ...")] = (0.1, 0.2, 0.4)
+    block: int = 16
+    out: Path = Path("recall.json")
+
+
+def _bench_recall(argv: list[str]) -> None:
+    """Recall and error against density, on attention of tiny and on planted heads."""
+    about = "Measures recall and error of methods on recorded and planted attention."
+    options = _parse(Recall, "bench recall", argv, about)
+    with _refusing("pasa-jax bench recall"):
+        target = _recall_target(options)
+        families = {}
+        for words in options.policies:
+            each = [Methods(density=density, block=options.block) for density in options.density]
+            families[words] = [_worded_policy(words, one, options.block) for one in each]
+    from pasa_jax.grid import TokenGrid
+    from pasa_jax.info import machine
+    from pasa_jax.recall import plot_recall, recall_curves
+    from pasa_jax.recording import planted, record
+    from pasa_jax.settings import read_card
+    from pasa_jax.video import atomic
+
+    pipeline = _load("bench recall", read_card("tiny"))
+    prompt = "a red circle moving right on a green background"
+    places = [(1, 5), (2, 10), (3, 15)]
+    recordings = [record(pipeline, prompt, layer=n, step=i, progress=False) for n, i in places]
+    recordings.append(planted(TokenGrid(4, 16, 16)))
+    rows = recall_curves(recordings, families)
+    with atomic(target) as temporary:
+        content = {**machine(), "prompt": prompt, "rows": rows}
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    plot_recall(target.with_suffix(".png"), rows)
+    for row in rows:
+        told = row.get("failure") or (
+            f"density {row['density']:.3f}, recall {np.mean(row['recall']):.3f}, "
+            f"error {np.mean(row['error']):.3f}"
+        )
+        print(f"{row['recording']}, {row['method']}: {told}")
+    print(f"wrote {target}")
+
+
+def _recall_target(options: Recall) -> Path:
+    from pasa_jax.video import check_target
+
+    if not options.policies or not options.density:
+        raise ValueError(f"policies={options.policies} and density={options.density} must not lack")
+    return check_target(options.out, (".json",))
 
 
 def tune(argv: list[str]) -> None:

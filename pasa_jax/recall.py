@@ -1,6 +1,7 @@
-"""How much attention mass a method's blocks hold, and how wrong its output is: `pasa-jax inspect`.
+"""How much attention mass a method's blocks hold, and how wrong its output is.
 
-Everything is measured on given q, k, v, so that a change in a method shows at once.
+Everything is measured on given q, k, v, so that a change in a method shows at once: `pasa-jax
+inspect` draws one layer, `pasa-jax bench recall` a curve over densities.
 """
 
 import dataclasses
@@ -177,8 +178,7 @@ def _mask(plan: Plan, columns: int) -> np.ndarray:
 def picture(judged: Judged, head: int) -> np.ndarray:
     """uint8 [I, 2·J + 2, 3]: the head's mass map, dark is much, beside the mask, dark is exact."""
     mass = judged.mass[head]
-    # The fourth root shows faint mass; 1 is a row's whole.
-    grey = 1 - mass**0.25
+    grey = 1 - np.sqrt(mass / mass.max())  # the root shows faint mass
     gap = np.ones((len(mass), 2))
     both = np.concatenate([grey, gap, 1 - judged.mask[head]], axis=1)
     return np.repeat((255 * both).astype(np.uint8)[..., None], 3, axis=2)
@@ -236,3 +236,63 @@ def write_inspection(
     with atomic(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def recall_curves(
+    recordings: Sequence[Recording],
+    policies: dict[str, Sequence[Policy]],
+    *,
+    steps: int = 10,
+) -> list[dict[str, Any]]:
+    """Recall and error of methods at several densities, on every recording.
+
+    Args:
+        recordings: what to judge on.
+        policies: by label, the method at rising densities.
+        steps: denoising steps of the runs that the policies believe to be in.
+
+    Returns:
+        A row a recording, method and density: real density, and recall and error by head. A method
+        that fails has a row with its reason.
+    """
+    rows = []
+    for recording in recordings:
+        for name, family in policies.items():
+            for policy in family:
+                row = {"recording": recording.name, "method": name}
+                try:
+                    judged = judge(policy, recording, steps=steps)
+                except (ValueError, NotImplementedError) as error:
+                    rows.append({**row, "failure": str(error)})
+                    break
+                rows.append(
+                    {
+                        **row,
+                        "density": judged.density,
+                        "recall": judged.recall.round(6).tolist(),
+                        "error": judged.error.round(6).tolist(),
+                    }
+                )
+    return rows
+
+
+def plot_recall(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Recall and error against density, mean over heads: a row of two plots a recording."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["recording"] for row in rows))
+    figure = Figure(figsize=(10, 3.6 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), 2, squeeze=False)
+    for axes, name in zip(grid, names, strict=True):
+        own = [row for row in rows if row["recording"] == name and "failure" not in row]
+        for method in dict.fromkeys(row["method"] for row in own):
+            points = [row for row in own if row["method"] == method]
+            density = [row["density"] for row in points]
+            for plot, key in zip(axes, ("recall", "error"), strict=True):
+                plot.plot(density, [np.mean(row[key]) for row in points], "o-", label=method)
+        axes[0].set(xlabel="density", ylabel="recall of attention mass", title=name)
+        axes[1].set(xlabel="density", ylabel="relative error of the output", yscale="log")
+        if own:
+            axes[1].legend(fontsize="small")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
