@@ -10,7 +10,6 @@ folder DUMPS, and JAX starts no device.
 import contextlib
 import functools
 import importlib
-import importlib.util
 import json
 import re
 import shutil
@@ -104,6 +103,8 @@ def operands(case):
         return {"k": x, "v": x}
     if case["operation"] == "block_mass":
         return {"q": x, "k": x, "lse": jax.ShapeDtypeStruct(x.shape[:3], jnp.float32)}
+    if case["operation"] == "dense_attention":
+        return {"q": x, "k": x, "v": x}
     rows, columns = (num_blocks(TOKENS, case["options"][k]) for k in ("block_q", "block_kv"))
     count = jax.ShapeDtypeStruct((1, NUM_HEADS, rows), jnp.int32)
     ids = jax.ShapeDtypeStruct((*count.shape, round(DENSITY * columns)), jnp.int32)
@@ -151,18 +152,11 @@ def compile_case(case, chip, device):
     return lowered.compile().as_text()
 
 
-def find_ptxas():
-    for folder in importlib.util.find_spec("nvidia").submodule_search_locations:
-        for path in Path(folder).glob("*/bin/ptxas"):
-            return path
-    raise FileNotFoundError("no ptxas beside the NVIDIA packages")
-
-
 def assemble(chip, ptx):
     """Registers, spills and matrix products of each kernel in a file of PTX, by ptxas."""
     capability = GPUS[chip][1]["major"]
     arch = f"sm_{capability}0" + ("a" if capability >= 9 else "")
-    command = [find_ptxas(), f"-arch={arch}", "-v", ptx, "-o", ptx.with_suffix(".cubin")]
+    command = ["ptxas", f"-arch={arch}", "-v", ptx, "-o", ptx.with_suffix(".cubin")]
     told = subprocess.run(command, capture_output=True, text=True)
     if told.returncode:
         raise RuntimeError(f"{ptx.name}: {told.stderr}")

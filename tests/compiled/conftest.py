@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-GPU_COMPILERS = ("jax_plugins.xla_cuda13", "nvidia")
-TPU_COMPILERS = ("libtpu",)
 
 
 def missing(module):
@@ -23,10 +21,22 @@ def missing(module):
 
 def require_compilers(chip):
     """Fails without a chip's compilers: who asks for these tests must not see them skipped."""
-    needed = TPU_COMPILERS if chip.startswith("tpu") else GPU_COMPILERS
-    lacking = [name for name in needed if missing(name)]
+    if chip.startswith("tpu"):
+        found = {"libtpu": not missing("libtpu")}
+    else:
+        found = {"CUDA plugin": not missing("jax_plugins.xla_cuda13"), "ptxas": find_ptxas()}
+    lacking = [name for name, there in found.items() if not there]
     if lacking:
         pytest.fail(f"no {', '.join(lacking)}: pip install -e '.[test,compilers]'", pytrace=False)
+
+
+def find_ptxas():
+    """NVIDIA's assembler from its package, not the machine's."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else ():
+        for path in Path(folder).glob("*/bin/ptxas"):
+            return path
+    return None
 
 
 def selected(session):
@@ -44,7 +54,9 @@ def compile_for(chip, cases, folder):
     (dumps := folder / "dumps").mkdir()
     reports = folder / "reports.jsonl"
     (folder / "cases.json").write_text(json.dumps(cases))
+    ptxas = find_ptxas()
     environment = os.environ | {
+        "PATH": os.pathsep.join([*([str(ptxas.parent)] if ptxas else []), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join(sys.path),  # what the tests import
         "JAX_PLATFORMS": "cpu",  # start no device: there is none
         "TPU_SKIP_MDS_QUERY": "1",

@@ -19,9 +19,9 @@ DUE = {"h200": "wgmma", "a100": "mma"}
 
 def case(implementation, operation, head_dim, *, tail=False, override=None, note="", **options):
     """One compilation; `override` plants keywords in calls, see `compile_for`."""
-    sizes = "-".join(f"{name}{size}" for name, size in options.items())
+    sizes = "".join(f"-{name}{size}" for name, size in options.items())
     return dict(
-        name=f"{implementation}-{operation}-H{head_dim}-{sizes}" + "-tail" * tail + note,
+        name=f"{implementation}-{operation}-H{head_dim}{sizes}" + "-tail" * tail + note,
         implementation=implementation,
         operation=operation,
         dtype="bfloat16",
@@ -63,6 +63,7 @@ CASES = {
     "tpu-v6e": [
         *attentions("mosaic_tpu", head_sizes=[128]),
         attention("mosaic_tpu", (128, 128), 64, True),
+        case("splash", "dense_attention", 128),
     ],
 }
 # Cases that may have a fault today, and why.
