@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,20 +20,30 @@ from pasa_jax.pallas_kernels.blocks import (
     num_blocks,
     pad_axis,
 )
+from pasa_jax.pallas_kernels.triton_tiles import (
+    LOG2_E,
+    SMALLEST_TILE,
+    dot,
+    exp2,
+    load,
+    part_bytes,
+    power_of_two,
+    product_precision,
+    refuse,
+    settle,
+    within,
+)
+from pasa_jax.pallas_kernels.tuning import check_options, tuned
 
-DTYPES = ("bfloat16", "float16", "float32")
-HEAD_DIM = 256  # the largest; wider accumulators do not fit the registers
-SMALLEST_TILE = 16  # Triton's matrix product takes no fewer rows or columns
+TUNABLE = {"num_warps": (4, 8), "num_stages": (1, 2, 3)}
 TILE_QUERIES = 128
 TILE_KEYS = 64
 # Of keys, values and matrices two are in flight: with the queries they fit Ampere's 164 KiB.
 QUERY_BYTES = 32 * 1024
 KEY_BYTES = 16 * 1024
 MATRIX_BYTES = 32 * 1024
+SHARED_BYTES = 232448  # of a program on Hopper; a wish for more stages than fit is refused
 TWO_STAGE_BYTES = 256  # wider rows leave no memory for a second stage
-# A float32 product holds several parts of each operand, so its rows count as wider by this.
-FLOAT32_PARTS = 2
-LOG2_E = math.log2(math.e)
 
 
 class _Config(NamedTuple):
@@ -52,7 +62,7 @@ class _Config(NamedTuple):
     chunks: int  # steps in a group
     groups: int
     matrix_rows: int  # rows of a group's matrix in a step; 0 for order 0
-    precision: Any
+    interpret: bool
 
 
 class _State(NamedTuple):
@@ -81,45 +91,20 @@ class _Columns(NamedTuple):
 
 
 def _dot(a: Array, b: Array, config: _Config, trans_b: bool = False) -> Array:
-    contract = (((1,), (1 if trans_b else 0,)), ((), ()))
-    return lax.dot_general(
-        a, b, contract, precision=config.precision, preferred_element_type=jnp.float32
-    )
+    return dot(a, b, product_precision(a.dtype, config.interpret), trans_b)
 
 
-def _raise_top(state: _State, logits: Array) -> tuple[_State, Array, Array]:
+def _raise_top(state: _State, logits: Array, config: _Config) -> tuple[_State, Array, Array]:
     """Rescales the state to the maximum that includes `logits` [P, K].
 
     Returns the state with the mass of the logits, their weights, and the factor of older weights.
     """
     top = jnp.maximum(state.top, jnp.max(logits, axis=1))
     shift = jnp.where(top == -jnp.inf, 0.0, top)  # nothing seen yet: avoid -inf − -inf
-    fade = jnp.exp2(state.top - shift)
-    weights = jnp.exp2(logits - shift[:, None])
+    fade = exp2(state.top, 1.0, -shift, config.interpret)
+    weights = exp2(logits, 1.0, -shift[:, None], config.interpret)
     mass = state.mass * fade + jnp.sum(weights, axis=1)
     return _State(top, mass, state.out * fade[:, None]), weights, fade
-
-
-def _within(start: Array | int, size: int, end: Array | int) -> Array:
-    return start + jnp.arange(size, dtype=jnp.int32) < end
-
-
-def _load(
-    ref: Any,
-    rows: tuple[Array | int, int],
-    end: Array | int | None,
-    columns: tuple[Array | int, int],
-    head_dim: int,
-) -> Array:
-    """Rows and columns of `ref`, each (start, size): zeros from row `end`, column `head_dim` on."""
-    mask = None if end is None else _within(*rows, end)[:, None]
-    if head_dim != ref.shape[1]:
-        inside = _within(*columns, head_dim)[None, :]
-        mask = inside if mask is None else mask & inside
-    ref = ref.at[pl.ds(*rows), pl.ds(*columns)]
-    if mask is None:
-        return pltriton.load(ref)
-    return pltriton.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0.0)
 
 
 def _add_listed(t: Array, state: _State, q: Array, refs: Any, config: _Config) -> _State:
@@ -131,7 +116,8 @@ def _add_listed(t: Array, state: _State, q: Array, refs: Any, config: _Config) -
     start = block * config.block_kv + lax.rem(t, pieces) * config.tile_keys
     end = end_ref[0] if config.masked else None
     take = functools.partial(
-        _load,
+        load,
+        head=(),
         rows=(start, config.tile_keys),
         end=end,
         columns=(0, q.shape[1]),
@@ -139,11 +125,12 @@ def _add_listed(t: Array, state: _State, q: Array, refs: Any, config: _Config) -
     )
     logits = _dot(q, take(k_ref), config, trans_b=True) * (config.scale * LOG2_E)
     if config.masked:
-        inside = _within(start, config.tile_keys, end)
+        inside = within(start, config.tile_keys, end)
         logits = jnp.where(inside[None, :], logits, -jnp.inf)
-    state, weights, _ = _raise_top(state, logits)
+    state, weights, _ = _raise_top(state, logits, config)
     v = take(v_ref)
-    return state._replace(out=state.out + _dot(weights.astype(v.dtype), v, config))
+    out = state.out + _dot(weights.astype(v.dtype), v, config)
+    return state._replace(out=settle(out, config.interpret) if config.columns else out)
 
 
 def _add_columns(
@@ -157,9 +144,11 @@ def _add_columns(
     logits = jnp.where(
         (refs.skip[at] != 0)[None, :], -jnp.inf, logits + refs.log_length[at][None, :]
     )
-    state, weights, fade = _raise_top(state, logits)
+    state, weights, fade = _raise_top(state, logits, config)
     value = refs.value[at, :]
     out = state.out + _dot(weights.astype(value.dtype), value, config)
+    if config.chunks > 1:
+        out = settle(out, config.interpret)
     return state._replace(out=out), group_mass * fade + jnp.sum(weights, axis=1)
 
 
@@ -192,9 +181,9 @@ def _add_tail(state: _State, queries: _Queries, refs: _Columns, config: _Config)
         else:
             first = g * config.chunks
             state, mass = lax.fori_loop(first, first + config.chunks, add, carry)
-        if config.matrix_rows == 0:
-            return state
-        return _add_matrix(g, state, mass, queries, refs.matrix, config)
+        if config.matrix_rows:
+            state = _add_matrix(g, state, mass, queries, refs.matrix, config)
+        return state._replace(out=settle(state.out, config.interpret))
 
     return lax.fori_loop(0, config.groups, group, state)
 
@@ -205,7 +194,7 @@ def _kernel(q_ref, k_ref, v_ref, ids_ref, count_ref, end_ref, *refs, config: _Co
     rows, wide = q_ref.shape
     left = config.t - pl.program_id(0) * rows  # rows of the tile that exist
     end = left if config.t % rows else None
-    take = functools.partial(_load, q_ref, (0, rows), end, head_dim=config.head_dim)
+    take = functools.partial(load, q_ref, (), (0, rows), end, head_dim=config.head_dim)
     queries = _Queries(take(columns=(0, wide)), take)
     state = _State(
         jnp.full((rows,), -jnp.inf, jnp.float32),
@@ -224,15 +213,10 @@ def _kernel(q_ref, k_ref, v_ref, ids_ref, count_ref, end_ref, *refs, config: _Co
     out = state.out / jnp.where(seen, state.mass, 1.0)[:, None]
     # A natural logarithm; 0 and -inf for a row that saw no key.
     lse = jnp.where(seen, (state.top + jnp.log2(state.mass)) / LOG2_E, -jnp.inf)
-    row_mask = _within(0, rows, left)
-    mask = row_mask[:, None] & _within(0, wide, config.head_dim)[None, :]
+    row_mask = within(0, rows, left)
+    mask = row_mask[:, None] & within(0, wide, config.head_dim)[None, :]
     pltriton.store(out_ref, out.astype(out_ref.dtype), mask=mask)
     pltriton.store(lse_ref, lse, mask=row_mask)
-
-
-def _power_of_two(size: int) -> int:
-    """The smallest power of two, from SMALLEST_TILE on, that is at least `size`."""
-    return max(SMALLEST_TILE, 1 << (size - 1).bit_length())
 
 
 def _skipped(blocks: BlockIndex, length: Int[Array, "B J"]) -> Array:
@@ -256,7 +240,7 @@ def _cut(x: Array, axis: int, c: _Config, value: int = 0) -> Array:
 
 def _columns(tail: BlockStatistics, blocks: BlockIndex, dtype: jnp.dtype, c: _Config) -> _Columns:
     """The statistics in the order and type that the kernel reads."""
-    wide = _power_of_two(c.head_dim)
+    wide = power_of_two(c.head_dim)
     size = jnp.maximum(tail.length, 1).astype(jnp.float32)  # [B, J]
     mean, value = (
         pad_axis(_cut(x.astype(dtype), 2, c), 3, wide)
@@ -272,25 +256,14 @@ def _columns(tail: BlockStatistics, blocks: BlockIndex, dtype: jnp.dtype, c: _Co
     return _Columns(mean, value, log_length, skip, matrix)
 
 
-def _refuse(dtype: jnp.dtype, head_dim: int, block_q: int, block_kv: int) -> None:
-    """Raises NotImplementedError for what the kernel does not take."""
-    if dtype.name not in DTYPES:
-        raise NotImplementedError(f"{dtype.name=} must be one of {', '.join(DTYPES)}")
-    if head_dim > HEAD_DIM:
-        raise NotImplementedError(f"{head_dim=} must be at most {HEAD_DIM}")
-    for name, size in {"block_q": block_q, "block_kv": block_kv}.items():
-        if size % SMALLEST_TILE:
-            raise NotImplementedError(f"{name}={size} must be a multiple of {SMALLEST_TILE}")
-
-
 def _tail_config(tail: BlockStatistics | None, order: int, most: int, row_bytes: int) -> dict:
     """How the tail is cut: steps of at most `most` block means, never across groups."""
     if tail is None:
         return dict(group=0, columns=0, chunks=0, groups=0, matrix_rows=0)
     blocks = tail.length.shape[1]
     group = blocks if order == 0 else min(tail.group, blocks)
-    columns = min(most, _power_of_two(group))
-    wide = _power_of_two(tail.key_mean.shape[3])
+    columns = min(most, power_of_two(group))
+    wide = power_of_two(tail.key_mean.shape[3])
     return dict(
         group=group,
         columns=columns,
@@ -298,6 +271,23 @@ def _tail_config(tail: BlockStatistics | None, order: int, most: int, row_bytes:
         groups=group_count(blocks, group),
         matrix_rows=min(wide, MATRIX_BYTES // row_bytes) if order == 1 else 0,
     )
+
+
+def _compiler_params(
+    options: Mapping[str, int], tile: int, row_bytes: int, config: _Config
+) -> pltriton.CompilerParams:
+    """The defaults and what `options` change; raises NotImplementedError for what does not fit."""
+    check_options("triton", options)
+    warps = 4 if tile * row_bytes <= 64 * 256 and tile <= 64 else 8
+    stages = 2 if row_bytes <= TWO_STAGE_BYTES else 1
+    chosen = {"num_warps": warps, "num_stages": stages} | options
+    tiles = tile + 2 * chosen["num_stages"] * (config.tile_keys + config.columns)
+    if "num_stages" in options and tiles * row_bytes > SHARED_BYTES:
+        raise NotImplementedError(
+            f"num_stages={chosen['num_stages']} needs {tiles * row_bytes} bytes of shared memory, "
+            f"at most {SHARED_BYTES} are there"
+        )
+    return pltriton.CompilerParams(**chosen)
 
 
 def _specs(
@@ -335,17 +325,17 @@ def _attend(
     order: int = 1,
     kv_length: Array | None = None,
     scale: float | None = None,
+    options: Mapping[str, int] | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """Output and log-sum-exp."""
     b, t, n, h = q.shape
     s = k.shape[1]
-    _refuse(q.dtype, h, block_q, block_kv)
-    wide = _power_of_two(h)
-    row_bytes = wide * q.dtype.itemsize * (FLOAT32_PARTS if q.dtype == jnp.float32 else 1)
+    refuse(q.dtype, h, block_q=block_q, block_kv=block_kv)
+    wide = power_of_two(h)
+    row_bytes = part_bytes(q.dtype, wide)
     tile = math.gcd(block_q, min(TILE_QUERIES, QUERY_BYTES // row_bytes))
     tile_keys = math.gcd(block_kv, max(SMALLEST_TILE, min(TILE_KEYS, KEY_BYTES // row_bytes)))
-    exact = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     config = _Config(
         t=t,
         s=s,
@@ -355,15 +345,17 @@ def _attend(
         tile_keys=tile_keys,
         scale=h**-0.5 if scale is None else scale,
         masked=kv_length is not None or s % block_kv != 0,
-        precision=exact if q.dtype == jnp.float32 else None,
+        interpret=interpret,
         **_tail_config(tail, order, tile_keys, row_bytes),
     )
     end = jnp.full((b,), s, jnp.int32) if kv_length is None else kv_length.astype(jnp.int32)
     columns = None if tail is None else _columns(tail, blocks, q.dtype, config)
     operands = [] if columns is None else [x for x in columns if x is not None]
     in_specs, out_specs = _specs(config, tile, block_q // tile, wide, columns)
-    small = tile * wide <= 64 * 128 and tile <= 64
-    stages = 2 if row_bytes <= TWO_STAGE_BYTES else 1
+    if options is None:
+        case = dict(head_dim=h, block_q=block_q, block_kv=block_kv, dtype=q.dtype)
+        options = tuned("triton", density=config.slots / num_blocks(s, block_kv), **case)
+    params = _compiler_params(options, tile, row_bytes, config)
     call = pl.pallas_call(
         functools.partial(_kernel, config=config),
         grid=(num_blocks(t, tile), n, b),  # neighbours in time share a head's keys
@@ -373,7 +365,7 @@ def _attend(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
         ],
-        compiler_params=pltriton.CompilerParams(num_warps=4 if small else 8, num_stages=stages),
+        compiler_params=params,
         interpret=interpret,
         name="block_sparse_attention",
     )
@@ -393,15 +385,22 @@ def block_sparse_attention(
     kv_length: Int[Array, " B"] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    options: Mapping[str, int] | None = None,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `api.block_sparse_attention`.
 
     Reads q, k and v where they lie: ragged ends and head sizes that are no power of two are masked
     in the kernel, not padded. Sums and softmax run in float32; weights and statistics round to
-    q.dtype before they enter a product. float32 products run as three TF32 products each.
+    q.dtype before they enter a product; weights below 2^-126 of the largest are 0. float32 products
+    run as three TF32 products each.
+
+    Args:
+        options: values of `TUNABLE`, for speed alone; None takes those known best (`tuned`).
 
     Raises:
-        NotImplementedError: float64, heads wider than 256, blocks that are no multiple of 16.
+        ValueError: an option that is not in `TUNABLE`.
+        NotImplementedError: float64, heads wider than 256, blocks that are no multiple of 16, more
+            stages than fit into shared memory.
     """
     out, lse = _attend(
         q,
@@ -414,5 +413,6 @@ def block_sparse_attention(
         order=order,
         kv_length=kv_length,
         scale=scale,
+        options=options,
     )
     return (out, lse) if return_lse else out

@@ -44,6 +44,24 @@ def exp2(x: Array, factor: float, offset: Array, interpret: bool) -> Array:
     return power
 
 
+def settle(x: Array, interpret: bool) -> Array:
+    """x, waited for: at the end of a loop's body it keeps a product from running into the next.
+
+    Triton lets it where nothing else uses the result; with a second loop behind, the assembler then
+    serialises every product of the kernel (its message C7515).
+    """
+    if interpret:
+        return x
+    [x] = pltriton.elementwise_inline_asm(
+        "mov.b32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )
+    return x
+
+
 def product_precision(dtype: jnp.dtype, interpret: bool) -> Any:
     """float32 products run as three TF32 products each."""
     exact = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3

@@ -141,6 +141,44 @@ def test_refuses_what_it_does_not_take(x64, dtype, h, block_q, block_kv, message
         jax.eval_shape(run, x, x, x, ids, count)
 
 
+def traced(options, h=64, dtype="bfloat16", group=4):
+    """What is compiled for blocks of 64, with a tail, as text."""
+    x = jax.ShapeDtypeStruct((1, 512, 1, h), dtype)
+    ids, count = (jax.ShapeDtypeStruct((1, 1, 8, *last), jnp.int32) for last in ((2,), ()))
+    moment = jax.ShapeDtypeStruct((1, 1, 8, h), jnp.float32)
+    matrix = jax.ShapeDtypeStruct((1, 1, num_blocks(8, group), h, h), jnp.float32)
+    length = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+    def run(x, ids, count, moment, length, matrix):
+        tail = BlockStatistics(moment, moment, length, matrix, group)
+        kw = dict(block_q=64, block_kv=64, tail=tail, options=options)
+        return triton.block_sparse_attention(x, x, x, BlockIndex(ids, count), **kw)
+
+    return str(jax.make_jaxpr(run)(x, ids, count, moment, length, matrix))
+
+
+def test_options_reach_the_compiler(monkeypatch):
+    asked = {}
+
+    def tuned(*args, **case):
+        asked.update(case)
+        return {"num_warps": 8}
+
+    monkeypatch.setattr(triton, "tuned", tuned)
+    given = traced({"num_warps": 4, "num_stages": 3})
+    assert "num_warps=4" in given and "num_stages=3" in given and not asked
+    known = traced(None)
+    assert "num_warps=8" in known and "num_stages=2" in known
+    want = dict(head_dim=64, block_q=64, block_kv=64, density=2 / 8, dtype="bfloat16")
+    assert asked == want
+    with pytest.raises(ValueError, match="option 'warps' must be one of triton's"):
+        traced({"warps": 4})
+    with pytest.raises(ValueError, match="num_warps=3 must be one of"):
+        traced({"num_warps": 3})
+    with pytest.raises(NotImplementedError, match="num_stages=3 needs .* bytes of shared memory"):
+        traced({"num_stages": 3}, h=256, dtype="float32")
+
+
 @pytest.mark.parametrize("block_q", [64, 128])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("h", [64, 96, 128, 256])
