@@ -56,7 +56,9 @@ class AdaSpa(Policy):
     the defaults give 11 dense outputs of 50. A later search measures with the log-sum-exp of that
     step, and attends by the lists it has just made. At each search the heads whose lists hold more
     than `recall_threshold` of their mass, at most half of them, fall to half the density, and as
-    many heads of the lowest recall rise to one and a half times.
+    many heads of the lowest recall rise to one and a half times. No layer is left dense.
+
+    The lists and the log-sum-exp of a layer of Wan 14B at 720p with guidance take 87 MiB.
 
     Left open by the paper, and here: the search steps, given for 50 ({10, 30}), are shares of the
     run; a density d above 2/3 caps the upper tier at 1 and gives the lower tier 2d − 1, so that the
