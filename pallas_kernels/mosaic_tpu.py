@@ -405,20 +405,24 @@ def _vmem_capacity() -> int:
 def _vmem_bytes(config: _Config, k: Array, tail: tuple[Any, ...]) -> tuple[int, int]:
     """VMEM one program cannot do without, and ample room for the chunks at work."""
     padded = num_blocks(k.shape[3], LANES) * LANES
+    size, rows = k.dtype.itemsize, max(config.block_q, LANES)
     keys = config.slots * config.block_kv
     # Gathered: two halves of two chunks, and what the compiler needs to read one.
     held = 4.5 * keys if config.gather else k.shape[2]
-    resident = int(2 * held) * padded * k.dtype.itemsize
+    resident = int(2 * held) * padded * size
     for x in jax.tree.leaves(tail):
         resident += (
             math.prod(x.shape[-2 if x.ndim < 5 else -3 : -1])
             * x.dtype.itemsize
             * max(x.shape[-1], LANES)
         )
-    working = 2 * keys * (2 * padded * k.dtype.itemsize + config.block_q * 12)
-    # The compiler got by with 0.3 to 1.5 MiB less, by halves, over all head sizes and types.
-    least = max(config.block_q, LANES) * 9 * 1024 * k.dtype.itemsize
-    return resident + least, working + 16 * config.block_q * padded * 4
+    rows_held = rows * (padded * (4 * size + 4) + 2 * LANES * 4)  # q and output twice, and state
+    # What the compiler got by with, found by halves, lies 0.3 to 3 MiB below, over all head sizes
+    # and types; a float32 product of several passes takes its share for every 128 channels.
+    passes = padded // LANES if size == 4 else 1
+    chunk = int(3.5 * rows * max(keys, 1024) * size * passes)
+    working = 2 * keys * (2 * padded * size + rows * 12) + 16 * rows * padded * 4
+    return resident + rows_held + chunk, working
 
 
 def _fit_vmem(config: _Config, k: Array, tail: tuple[Any, ...]) -> _Config:

@@ -222,24 +222,47 @@ def lower(t, s, n, block_q, block_kv, slots, group, dtype, h=128, options=None):
     return jax.jit(run).trace(q, k, k, blocks).lower(lowering_platforms=("tpu",)).as_text()
 
 
-@pytest.mark.parametrize(
-    ("s", "n", "block_q", "block_kv", "slots", "group", "dtype"),
-    [
-        pytest.param(75600, 40, 128, 64, 177, 32, "bfloat16", id="wan14b-720p-pasa"),
-        pytest.param(119056, 24, 256, 128, 96, 2000, "bfloat16", id="hunyuan-720p-one_group"),
-        pytest.param(1000, 2, 64, 64, 5, None, "float32", id="float32-no_tail"),
-    ],
-)
-def test_lowers_for_tpu(s, n, block_q, block_kv, slots, group, dtype):
-    assert "tpu_custom_call" in lower(s, s, n, block_q, block_kv, slots, group, dtype)
-
-
 @contextlib.contextmanager
 def compiled_for(kind):
     """Programs traced inside are for a TPU that is not here."""
     device = jax.sharding.AbstractDevice(kind, 1, "tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         yield
+
+
+@pytest.mark.parametrize(
+    ("kind", "s", "n", "block_q", "block_kv", "slots", "group", "dtype"),
+    [
+        pytest.param("TPU v5e", 75600, 40, 128, 64, 177, 32, "bfloat16", id="wan14b-720p-pasa"),
+        pytest.param("TPU v4", 75600, 40, 128, 128, 88, 32, "bfloat16", id="wan14b-720p-pasa-v4"),
+        pytest.param("TPU v6e", 119056, 24, 256, 128, 96, 2000, "bfloat16", id="one_group"),
+        pytest.param("TPU v5p", 1000, 2, 64, 64, 5, None, "float32", id="float32-no_tail"),
+    ],
+)
+def test_lowers_for_tpu(kind, s, n, block_q, block_kv, slots, group, dtype):
+    with compiled_for(kind):
+        assert "tpu_custom_call" in lower(s, s, n, block_q, block_kv, slots, group, dtype)
+
+
+class Chosen(Exception):
+    """Carries a configuration out of a trace that needs to go no further."""
+
+
+@pytest.fixture
+def configure(monkeypatch):
+    """configure(...), as lower: the configuration chosen."""
+
+    def choose(*args, **kw):
+        def stop(config, *args, **kw):
+            raise Chosen(config)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mosaic_tpu, "_call", stop)
+            with pytest.raises(Chosen) as chosen:
+                lower(*args, **kw)
+        return chosen.value.args[0]
+
+    return choose
 
 
 @pytest.mark.parametrize(
@@ -253,24 +276,17 @@ def compiled_for(kind):
         ("TPU v6 lite", 200000, False),
     ],
 )
-def test_vmem_decides_the_form(monkeypatch, kind, tokens, gather):
-    forms = []
-    call = mosaic_tpu._call
-    spy = lambda config, *args, **kw: forms.append(config.gather) or call(config, *args, **kw)  # noqa: E731
-    monkeypatch.setattr(mosaic_tpu, "_call", spy)
+def test_vmem_decides_the_form(configure, kind, tokens, gather):
     with compiled_for(kind):
-        lower(128, tokens, 2, 128, 128, 96, 32, "bfloat16")
-    assert forms == [gather]
+        config = configure(128, tokens, 2, 128, 128, 96, 32, "bfloat16")
+    assert config.gather == gather
 
 
-def test_gathered_chunks_shrink_to_fit_vmem(monkeypatch):
-    slots = []
-    call = mosaic_tpu._call
-    spy = lambda config, *args, **kw: slots.append(config.slots) or call(config, *args, **kw)  # noqa: E731
-    monkeypatch.setattr(mosaic_tpu, "_call", spy)
+def test_gathered_chunks_shrink_to_fit_vmem(configure):
     with compiled_for("TPU v4"):
-        lower(128, 32760, 1, 128, 64, 256, 32, "float32", h=128)
-        lower(128, 32760, 1, 128, 64, 256, 32, "float32", h=256)
+        slots = [
+            configure(128, 32760, 1, 128, 64, 256, 32, "float32", h=h).slots for h in (64, 256)
+        ]
     assert slots == [32, 8]
 
 
@@ -279,18 +295,12 @@ def test_refuses_what_does_not_fit_vmem():
         lower(64, 900000, 1, 64, 64, 5, 32, "bfloat16")
 
 
-@pytest.mark.parametrize("options", [{"chunk_keys": 512}, {"tail_tiles": 2}])
-def test_options_reach_the_kernel(monkeypatch, options):
-    configs = []
-    call = mosaic_tpu._call
-    spy = lambda config, *args, **kw: configs.append(config) or call(config, *args, **kw)  # noqa: E731
-    monkeypatch.setattr(mosaic_tpu, "_call", spy)
-    lower(64, 32760, 1, 64, 64, 96, 32, "bfloat16", options={})
-    lower(64, 32760, 1, 64, 64, 96, 32, "bfloat16", options=options)
-    usual, config = configs
+def test_options_reach_the_kernel(configure):
+    shape = (64, 32760, 1, 64, 64, 96, 32, "bfloat16")
+    usual = configure(*shape, options={})
     assert (usual.slots, usual.tail_tiles) == (24, 5)
-    assert config.slots == (8 if "chunk_keys" in options else 24)
-    assert config.tail_tiles == options.get("tail_tiles", 5)
+    assert configure(*shape, options={"chunk_keys": 512}).slots == 8
+    assert configure(*shape, options={"tail_tiles": 2}).tail_tiles == 2
 
 
 def test_refuses_unknown_options(problem):
