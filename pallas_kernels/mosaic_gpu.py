@@ -597,6 +597,7 @@ def _with_options(config: _Config, options: Mapping[str, int] | None) -> _Config
         density = config.slots / config.key_blocks
         chosen = DEFAULTS[form] | tuned("mosaic_gpu", **case, density=density, dtype=config.dtype)
         chosen["stages"] = min(chosen["stages"], most)
+        chosen["step"] = min(chosen["step"], chosen["stages"] // 2)
     else:
         check_options("mosaic_gpu", options)
         chosen = DEFAULTS[form] | options

@@ -262,9 +262,9 @@ def test_unknown_option():
 
 
 def test_options_known_best_are_cut_to_what_fits(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "tuned", lambda *_, **__: {"stages": 5, "take_turns": 0})
+    monkeypatch.setattr(mosaic_gpu, "tuned", lambda *_, **__: {"stages": 5, "step": 2})
     config = mosaic_gpu._with_options(small_config(), None)
-    assert (config.stages, config.step, config.take_turns) == (2, 1, 0)
+    assert (config.stages, config.step, config.take_turns) == (2, 1, 1)
 
 
 def small_config():
