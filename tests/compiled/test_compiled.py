@@ -68,9 +68,6 @@ CASES = {
 }
 # Cases that may have a fault today, and why.
 KNOWN = {
-    ("h200", x["name"]): "C7515: ptxas serialises a product of the tail"
-    for x in attentions("triton", tails=[True])
-} | {
     ("a100", x["name"]): "the tail spills: 712 bytes at 64 queries, 52 at 128"
     for x in attentions("triton", head_sizes=[128], tails=[True])
 }
@@ -118,7 +115,7 @@ def faults(chip, report):
     return told
 
 
-@pytest.mark.parametrize(("chip", "case"), table())
+@pytest.mark.parametrize(("chip", "case"), list(table()))
 def test_compiles_without_fault(compiled, chip, case):
     report = compiled(chip, case)
     print(report)
