@@ -42,6 +42,8 @@ class _Recorder(Policy):
     kept: list[Any] = dataclasses.field(default_factory=list)
     dense_layers: tuple[int, ...] = ()
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # not those of `Policy`
+
     def modes(self, num_steps: int) -> tuple[str, ...]:
         """ "search" at the step, "dense" at all others."""
         return tuple("search" if i == self.step else "dense" for i in range(num_steps))

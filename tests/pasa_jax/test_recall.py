@@ -1,0 +1,164 @@
+"""Recordings of a run, planted heads, and what policies' blocks hold of their attention."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pasa_jax import recall
+from pasa_jax.cli import main
+from pasa_jax.grid import TokenGrid
+from pasa_jax.policies import Dense, Pasa, Pisa
+from pasa_jax.recording import planted, record
+
+BLOCK = dict(block_q=8, block_kv=8)
+GRID = TokenGrid(2, 6, 8)  # 12 blocks
+
+
+@pytest.fixture(scope="module")
+def heads():
+    return planted(GRID, head_dim=32)
+
+
+def weights(recording, head):
+    """Softmax weights [T, T] of batch row 0, float64."""
+    q, k = (np.asarray(x, np.float64)[0, :, head] for x in recording[:2])
+    logits = q @ k.T / np.sqrt(q.shape[1])
+    logits = np.exp(logits - logits.max(1, keepdims=True))
+    return logits / logits.sum(1, keepdims=True)
+
+
+def test_planted_heads_have_their_shapes(heads):
+    frames, rows, columns = (x.reshape(-1) for x in np.indices(GRID.sizes))
+    local, cross, whole = (weights(heads, head) for head in range(3))
+    distance = (
+        (frames[:, None] - frames) ** 2
+        + (rows[:, None] - rows) ** 2
+        + (columns[:, None] - columns) ** 2
+    )
+    assert local[distance <= 9].sum() > 0.8 * len(local)  # a third of the keys at most
+    aligned = (rows[:, None] == rows) | (columns[:, None] == columns)
+    assert cross[aligned].sum() > 3 * aligned.mean() * len(cross) * 0.5
+    assert (whole.argmax(1) % 50 == 0).mean() > 0.6
+    again = planted(GRID, head_dim=32)
+    assert all((a == b).all() for a, b in zip(heads[:3], again[:3], strict=True))
+
+
+def test_planted_heads_must_fit():
+    with pytest.raises(ValueError, match="head_dim=16 must be at least 16 and twice the 14"):
+        planted(GRID, head_dim=16)
+
+
+def test_a_recording_is_what_the_layer_attends_with(pipeline, monkeypatch):
+    from pasa_jax.models import wan
+
+    seen = []
+    attend = wan.attend
+
+    def spy(q, k, v, attention, **where):
+        import jax
+
+        jax.debug.callback(lambda *x: seen.append(x), where["layer"], attention.step, q, k, v)
+        return attend(q, k, v, attention, **where)
+
+    monkeypatch.setattr(wan, "attend", spy)
+    options = dict(steps=3, progress=False)
+    recording = record(pipeline, "red and blue waves moving up", layer=1, step=1, **options)
+    (own,) = [x for x in seen if (int(x[0]), int(x[1])) == (1, 1)]
+    for kept, real in zip(recording[:3], own[2:], strict=True):
+        np.testing.assert_array_equal(kept, real)
+    assert recording.grid.num_tokens == recording.q.shape[1]
+    assert max(int(x[1]) for x in seen) == 1  # the run ends behind the step
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (dict(layer=2, step=0), "layer=2 must be from 0 to 1"),
+        (dict(layer=0, step=5), "step=5 must be from 0 to 4"),
+        (dict(layer=0, step=-1), "step=-1 must be from 0 to 4"),
+    ],
+)
+def test_no_such_layer_or_step(pipeline, where, message):
+    with pytest.raises(ValueError, match=message):
+        record(pipeline, "red and blue waves moving up", **where)
+
+
+def test_recall_is_the_mass_in_exact_blocks(heads):
+    judged = recall.judge(Pisa(density=0.3, **BLOCK), heads, steps=5)
+    assert judged.density == pytest.approx(3 / 12)
+    for head in range(3):
+        mass = weights(heads, head).reshape(12, 8, 12, 8).sum((1, 3)) / 8
+        np.testing.assert_allclose(judged.mass[head], mass, atol=1e-5)  # float32 sums of 96
+        held = (mass * judged.mask[head]).sum() / 12
+        assert judged.recall[head] == pytest.approx(held, abs=1e-5)
+    assert (judged.mask.sum(-1) == 3).all()
+    # More blocks hold more and err less.
+    more = recall.judge(Pisa(density=0.8, **BLOCK), heads, steps=5)
+    assert (more.recall > judged.recall).all() and (more.error < judged.error).all()
+
+
+def test_all_blocks_hold_all_mass(heads):
+    judged = recall.judge(Pasa(density=1.0, group=4, **BLOCK), heads, steps=5)
+    np.testing.assert_allclose(judged.recall, 1, atol=1e-6)
+    assert judged.density == 1 and judged.error.max() < 1e-5  # float32 in another order
+
+
+def test_a_policy_that_never_plans_is_refused(heads):
+    with pytest.raises(ValueError, match="runs dense at all of steps=5"):
+        recall.judge(Dense(**BLOCK), heads, steps=5)
+    with pytest.raises(ValueError, match="step=0 must be one that is not dense: 1 to 4"):
+        recall.judge(Pisa(**BLOCK), heads, steps=5, step=0)
+
+
+def test_curves_have_a_row_a_density_and_report_failures(heads, tmp_path):
+    families = {
+        "pisa": [Pisa(density=d, **BLOCK) for d in (0.2, 0.5)],
+        "dense": [Dense(**BLOCK)] * 2,
+    }
+    rows = recall.recall_curves([heads], families, steps=5)
+    assert [row["method"] for row in rows] == ["pisa", "pisa", "dense"]
+    assert rows[0]["density"] < rows[1]["density"] and "nothing to judge" in rows[2]["failure"]
+    recall.plot_recall(tmp_path / "recall.png", rows)
+    assert (tmp_path / "recall.png").stat().st_size > 5000
+
+
+def test_the_picture_shows_mass_beside_the_mask():
+    mass = np.asarray([[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]])
+    mask = mass > 0.9
+    shown = recall.picture(recall.Judged(0.5, np.ones(1), np.zeros(1), mass, mask), 0)
+    assert shown.shape == (2, 10, 3)
+    assert shown[1, 3, 0] == 0 and shown[0, 2, 0] == 255  # most mass black, none white
+    assert shown[:, 6:, 0].tolist() == [[255] * 4, [255, 255, 255, 0]]
+
+
+def test_inspect_writes_picture_and_figures(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "look.png"
+    order = ["inspect", "--model", str(tiny_folder), "--steps", "3", "--size", "32x32"]
+    order += ["--frames", "8", "--policies", "pisa", "--block", "4", "--out", str(out)]
+    assert main([*order, "--no-progress"]) == 0
+    told = json.loads(out.with_suffix(".json").read_text())
+    assert list(told["policies"]) == ["pisa"] and told["grid"] == [2, 4, 4]
+    assert told["policies"]["pisa"]["budgets"] == [1.0, 0.125, 0.125]
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    assert "pisa: density 0.125, recall" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (["inspect", "--head", "9"], "head=9 must be from 0 to 3"),
+        (["inspect", "--layer", "9"], "layer=9 must be from 0 to 3"),
+        (["inspect", "--out", "x.jpg"], "must end in .png"),
+        (["bench", "recall", "--out", "x.txt"], "must end in .json"),
+        (
+            ["bench", "recall", "--density", "2"],
+            r"density=2.0 must be in \(0, 1]".replace("\\", ""),
+        ),
+        (["bench", "speed"], "'speed' must be attention or recall"),
+    ],
+)
+def test_commands_refuse_in_one_line(order, message, capsys):
+    assert main(order) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
