@@ -63,7 +63,8 @@ def test_equals_closed_form(
     kw = dict(b=b, n=1, h=h, dtype=dtype, spread=1)
     q, k, v, blocks = problem(t, s, block_q, block_kv, slots, **kw)
     count = blocks.count.at[0, 0, 0].set(0).at[0, 0, 1].set(slots)  # fewer, and more than stages
-    blocks = BlockIndex(blocks.ids, count)
+    last = num_blocks(s, block_kv) - slots + jnp.arange(slots, dtype=jnp.int32)
+    blocks = BlockIndex(blocks.ids.at[0, 0, 1].set(last), count)  # the ragged block comes late
     kw = dict(block_q=block_q, block_kv=block_kv, return_lse=True)
     kw["kv_length"] = None if length is None else jnp.asarray(length, jnp.int32)
     want, want_lse = truth.block_sparse_attention(q, k, v, blocks, **kw)
@@ -83,9 +84,9 @@ def test_equals_closed_form(
 
 def test_nan_in_dropped_blocks_stays_out(truth, problem, interpreted):
     """Also where the last step takes one block more than the list has."""
-    q, k, v, blocks = problem(64, 384, 64, 64, 4, b=1, n=1, h=64, dtype="bfloat16", spread=1)
-    # The last slot is out of range and not valid: never followed.
-    blocks = BlockIndex(blocks.ids.at[..., 3].set(10**6), jnp.full_like(blocks.count, 3))
+    q, k, v, blocks = problem(64, 384, 64, 64, 5, b=1, n=1, h=64, dtype="bfloat16", spread=1)
+    # The last two slots, a dropped block and one out of range, are not valid: never followed.
+    blocks = BlockIndex(blocks.ids.at[..., 4].set(10**6), jnp.full_like(blocks.count, 3))
     want = truth.block_sparse_attention(q, k, v, blocks, block_q=64, block_kv=64)
     k, v = (poisoned(x, blocks, 64) for x in (k, v))
     out = interpreted(q, k, v, blocks, block_q=64, block_kv=64, options=STEP)
