@@ -99,10 +99,15 @@ def test_even_attention_is_the_paper_s_tenth():
     assert 1 - density == pytest.approx(0.1, abs=0.005)
     assert 0.9 <= recall <= 0.905
     assert recall == pytest.approx(density)  # even mass: what is kept is what is recalled
-    # None is the paper's value on the paper's grid, and its share is 420 times as large.
-    assert contract(np.ones_like(dt, float), Criterion()) == (windows, recall, density)
-    share = Criterion(max_cost=0.011 * 420, cost_unit="share")
-    assert contract(np.ones_like(dt, float), share) == (windows, recall, density)
+
+
+def test_units_of_the_cost():
+    # The paper's value on the paper's grid; elsewhere as many times an even tile's share.
+    assert Criterion().cost_per_tile(420) == pytest.approx(0.011)
+    assert Criterion().cost_per_tile(60) == pytest.approx(0.077)
+    assert Criterion(max_cost=0.02).cost_per_tile(60) == 0.02
+    assert Criterion(max_cost=0.02, cost_unit="share").cost_per_tile(60) == 0.02 / 60
+    # Under the other reading of 0.011 nothing even is dropped.
     assert contract(np.ones_like(dt, float), Criterion(cost_unit="share"))[2] == 1
 
 
@@ -216,6 +221,10 @@ def test_the_two_ends():
     # Everything may go but the query's own tile.
     windows, _, _ = contract(weight, Criterion(min_recall=0.0, max_cost=1e9), SMALL)
     assert windows == [(0, 0, 0, 0), EMPTY, EMPTY]
+    weight[2, 3, 4] = 0  # not even without mass
+    assert contract(weight, Criterion(min_recall=0.0, max_cost=1e9), SMALL)[0][0] != EMPTY
+    weight[2] = 0
+    assert contract(weight, Criterion(min_recall=0.5, max_cost=0.0), SMALL)[0][0] == (0, 0, 0, 0)
 
 
 def random_tables(seed, number):
