@@ -29,6 +29,7 @@ CREDITS = ("kept", "literal")
 TESTS = ("signed", "bound", "none")
 # Entries of an array of scores, 16 MiB of float32; beyond it heads are planned in turn.
 _MAX_SCORES = 1 << 22
+_MAX_POOLED = 1 << 21  # entries of q, k or v that are pooled at a time, in a small sequence
 _FLOOR = float(np.finfo(np.float32).min)  # the logit of what is not there; finite, so never NaN
 
 
@@ -159,17 +160,36 @@ def _pool(
     x: Float[Array, "B T N H"], length: Int[Array, "_ I"], block: int
 ) -> tuple[Float[Array, "N B I H"], Float[Array, "N B I H"]]:
     """Mean of each block's valid tokens and mean absolute deviation from it, in float32."""
-    x = pad_axis(x, 1, length.shape[1] * block)
-    x = einops.rearrange(x, "b (i t) n h -> b i t n h", t=block).astype(jnp.float32)
-    valid = jnp.arange(block).reshape(1, 1, block) < length[..., None]  # [B, I, t]
+    blocks = length.shape[1]
+    # In parts: on a CPU |x - mean| of all tokens would be kept, in memory asked for anew at every
+    # call, which takes ten times as long. Few, as a GPU starts kernels for each.
+    size = num_blocks(blocks, min(16, num_blocks(x.size, _MAX_POOLED)))
+    parts = num_blocks(blocks, size)
+    x = pad_axis(x, 1, parts * size * block)
+    length = einops.rearrange(pad_axis(length, 1, parts * size), "b (c i) -> c b i", i=size)
+
+    def pool(operands):
+        part, length = operands
+        tokens = jax.lax.dynamic_slice_in_dim(x, part * size * block, size * block, axis=1)
+        return _pool_part(einops.rearrange(tokens, "b (i t) n h -> b i t n h", t=block), length)
+
+    pooled = jax.lax.map(pool, (jnp.arange(parts), length))
+    return tuple(einops.rearrange(y, "c b i 1 n h -> n b (c i) h")[:, :, :blocks] for y in pooled)
+
+
+def _pool_part(
+    x: Float[Array, "B I t N H"], length: Int[Array, "_ I"]
+) -> tuple[Float[Array, "B I 1 N H"], Float[Array, "B I 1 N H"]]:
+    """`_pool` of tokens that are parted into blocks."""
+    x = x.astype(jnp.float32)
+    valid = jnp.arange(x.shape[2]).reshape(1, 1, -1) < length[..., None]  # [B, I, t]
     number = jnp.maximum(length, 1).astype(jnp.float32)[..., None, None, None]
 
     def mean(x):
         return jnp.where(valid[..., None, None], x, 0).sum(2, keepdims=True) / number
 
     middle = mean(x)
-    spread = mean(jnp.abs(x - middle))
-    return tuple(einops.rearrange(x, "b i 1 n h -> n b i h") for x in (middle, spread))
+    return middle, mean(jnp.abs(x - middle))
 
 
 def _text_score(

@@ -247,11 +247,14 @@ def test_of_equal_weights_the_first_are_taken_and_no_more():
     np.testing.assert_array_equal(mask, np.broadcast_to(want, mask.shape))
 
 
-def test_heads_in_turn_plan_as_all_at_once(monkeypatch):
+def test_heads_and_blocks_in_turn_plan_as_all_at_once(monkeypatch):
+    grid = TokenGrid(2, 4, 5, text=3)  # 5 blocks of video
+    x = qkv(grid)
+    together = planned(POLICY, grid, *x)
     monkeypatch.setattr(rectified, "_MAX_SCORES", 1)
+    monkeypatch.setattr(rectified, "_MAX_POOLED", 700)  # 2 parts of 3 blocks
     again = dataclasses.replace(POLICY, density=0.26)  # another trace of the same budget
-    x = qkv(TEXT)
-    for one, other in zip(planned(POLICY, TEXT, *x), planned(again, TEXT, *x), strict=True):
+    for one, other in zip(together, planned(again, grid, *x), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)  # float32 sums in another order
 
 
