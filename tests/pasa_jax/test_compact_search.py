@@ -355,6 +355,19 @@ def test_a_search_covers_its_prompts_and_branches(pipeline, searched):
             assert (kept.sum((-3, -2, -1)) >= recall[i, :, :, bucket] - 1e-6).all()
 
 
+def test_windows_of_all_prompts_and_branches_are_merged(pipeline, monkeypatch):
+    windows = [[(1, 0, 1, 0), EMPTY], [(0, 1, 0, 1), EMPTY]], [[(0, 0, 0, 0)] * 2, [(0,) * 4] * 2]
+
+    def prompt(self, model, text, seed, tick):
+        shape = self.shape(len(text))
+        each = np.array(windows[seed], np.int8)[:, None, None, None]
+        return search.Found(np.broadcast_to(each, shape), np.ones(shape[:-2]))
+
+    monkeypatch.setattr(search.Search, "prompt", prompt)
+    masks, _ = search.search_masks(pipeline, PROMPTS, criterion=FINE, progress=False)
+    assert (masks.table == [(1, 1, 0, 0), (0, 0, 0, 0)]).all()
+
+
 def test_searched_steps_leave_the_dense_run_as_it_is(pipeline):
     text = pipeline.encode(PROMPTS[:1], "", 2.0)
     late = dataclasses.replace(FINE, dense_prefix=0.8)
