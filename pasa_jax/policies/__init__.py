@@ -20,6 +20,7 @@ from pasa_jax.policies.pisa import Pisa
 from pasa_jax.policies.radial import Radial
 from pasa_jax.policies.rectified import Rectified
 from pasa_jax.policies.sliding_tile import SlidingTile
+from pasa_jax.policies.svg import Svg
 
 POLICIES: dict[str, type] = {
     "dense": Dense,
@@ -30,6 +31,7 @@ POLICIES: dict[str, type] = {
     "rectified": Rectified,
     "sliding_tile": SlidingTile,
     "radial": Radial,
+    "svg": Svg,
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "Rectification",
     "Rectified",
     "SlidingTile",
+    "Svg",
     "make_policy",
 ]
 
