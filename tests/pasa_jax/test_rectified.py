@@ -165,6 +165,13 @@ def test_all_blocks_exact_is_dense(grid):
     np.testing.assert_allclose(out, dense(grid), atol=3e-6)  # float32, 108 keys in another order
 
 
+def test_the_texts_column_takes_no_block_from_a_full_budget():
+    grid = dataclasses.replace(VIDEO, text=5)  # in the last of 12 blocks, hence a 13th column
+    policy = dataclasses.replace(ALONE, density=1.0, p_remain=0.0)
+    q, k, v = qkv(grid)
+    assert planned(policy, grid, 20 * q, k, v)[0].all()
+
+
 def test_a_weight_of_one_takes_all_blocks_for_any_size_of_query_blocks():
     policy = dataclasses.replace(POLICY, block_q=2 * BLOCK, p_remain=1.0)
     mask, share, compensation = planned(policy, VIDEO, *qkv(VIDEO))
