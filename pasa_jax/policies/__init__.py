@@ -20,6 +20,7 @@ from pasa_jax.policies.pisa import Pisa
 from pasa_jax.policies.radial import Radial
 from pasa_jax.policies.rectified import Rectified
 from pasa_jax.policies.sliding_tile import SlidingTile
+from pasa_jax.policies.sparge import Sparge
 from pasa_jax.policies.svg import Svg
 
 POLICIES: dict[str, type] = {
@@ -31,6 +32,7 @@ POLICIES: dict[str, type] = {
     "rectified": Rectified,
     "sliding_tile": SlidingTile,
     "radial": Radial,
+    "sparge": Sparge,
     "svg": Svg,
 }
 
