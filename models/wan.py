@@ -252,17 +252,33 @@ class Wan(nnx.Module):
             ValueError: sizes the patch does not divide, grids beyond the rotary table, too many
                 text tokens, channels or widths of another model.
         """
+        velocity, records, _ = self.with_residual(latents, timestep, text_states, attention)
+        return velocity, records
+
+    def with_residual(
+        self,
+        latents: Float[Array, "B F Y X C"],
+        timestep: Float[Array, " B"],
+        text_states: Float[Array, "B E D"],
+        attention: Attention | None = None,
+    ) -> tuple[Float[Array, "B F Y X C"], LayerRecord, Float[Array, "B T width"]]:
+        """The same pass, which also returns what `skip` needs.
+
+        Args:
+            latents, timestep, text_states, attention: as for the call.
+
+        Returns:
+            Velocity and records as the call's, and the residual: the blocks' output minus their
+            input, f32, tokens in raster order whatever the policy's order.
+
+        Raises:
+            ValueError: as the call.
+        """
         config = self.config
         check_inputs(config, latents, text_states)
-        sizes = [size // p for size, p in zip(latents.shape[1:4], config.patch, strict=True)]
-        tokens = rearrange(
-            latents,
-            "b (f pf) (y py) (x px) c -> b (f y x) (pf py px c)",
-            **dict(zip(("pf", "py", "px"), config.patch, strict=True)),
-        )
-        x = self.patch_embedding(tokens).astype(jnp.float32)
-        time = self.time_out(jax.nn.silu(self.time_in(sinusoids(timestep, config.freq_dim))))
-        modulation = rearrange(self.time_projection(jax.nn.silu(time)), "b (s d) -> b s d", s=6)
+        sizes = self._sizes(latents)
+        start = x = self._tokens(latents)
+        time, modulation = self.embed_time(timestep)
         padding = ((0, 0), (0, config.text_len - text_states.shape[1]), (0, 0))
         text = self.text_in(jnp.pad(text_states, padding))
         text = self.text_out(jax.nn.gelu(text, approximate=True))
@@ -284,16 +300,57 @@ class Wan(nnx.Module):
         x, records = jax.lax.scan(body, x, (params, layers, state))
         if order is not None:
             x = x[:, np.argsort(order)]
+        return self._velocity(x, time, sizes), records, x - start
 
+    def skip(
+        self,
+        latents: Float[Array, "B F Y X C"],
+        timestep: Float[Array, " B"],
+        residual: Float[Array, "B T D"],
+    ) -> Float[Array, "B F Y X C"]:
+        """Velocity of a pass without the blocks: an earlier pass's residual stands for them.
+
+        Args:
+            latents, timestep: as for the call.
+            residual: from `with_residual`, of latents of this shape; the text is in it.
+
+        Returns:
+            Velocity in f32.
+        """
+        time, _ = self.embed_time(timestep)
+        return self._velocity(self._tokens(latents) + residual, time, self._sizes(latents))
+
+    def embed_time(
+        self, timestep: Float[Array, " B"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
+        """The time embedding, which the head takes, and the blocks' modulation from it; f32."""
+        time = self.time_in(sinusoids(timestep, self.config.freq_dim))
+        time = self.time_out(jax.nn.silu(time))
+        modulation = self.time_projection(jax.nn.silu(time))
+        return time, rearrange(modulation, "b (s d) -> b s d", s=6)
+
+    def _sizes(self, latents) -> list[int]:
+        """Tokens along F, Y and X."""
+        return [size // p for size, p in zip(latents.shape[1:4], self.config.patch, strict=True)]
+
+    def _tokens(self, latents):
+        """The stream before the blocks [B, T, D], f32, raster order."""
+        tokens = rearrange(
+            latents,
+            "b (f pf) (y py) (x px) c -> b (f y x) (pf py px c)",
+            **dict(zip(("pf", "py", "px"), self.config.patch, strict=True)),
+        )
+        return self.patch_embedding(tokens).astype(jnp.float32)
+
+    def _velocity(self, x, time, sizes):
+        """The head: from the stream behind the blocks to latents' shape."""
         shift, scale = jnp.split(self.head_modulation.get_value()[None] + time[:, None], 2, axis=1)
-        x = self.head(layer_norm(x, config.eps) * (1 + scale) + shift)
-        velocity = rearrange(
-            x,
+        return rearrange(
+            self.head(layer_norm(x, self.config.eps) * (1 + scale) + shift),
             "b (f y x) (pf py px c) -> b (f pf) (y py) (x px) c",
             **dict(zip(("f", "y", "x"), sizes, strict=True)),
-            **dict(zip(("pf", "py", "px"), config.patch, strict=True)),
+            **dict(zip(("pf", "py", "px"), self.config.patch, strict=True)),
         )
-        return velocity, records
 
 
 def stack(num_layers: int, create, rngs: nnx.Rngs) -> nnx.Module:

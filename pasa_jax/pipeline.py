@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pasa_jax import sampling
 from pasa_jax.attention import Attention, LayerRecord
 from pasa_jax.budget import OnlineBudget
+from pasa_jax.caches import SKIP, StepCache
 from pasa_jax.calibration import VelocityCurve, velocity_distance
 from pasa_jax.policies import AttentionShape, Dense, Pasa, Policy
 from pasa_jax.settings import (
@@ -49,9 +50,11 @@ class Result(NamedTuple):
     Attributes:
         frames: RGB [P, frames, height, width, 3]; None for a model whose codec is not there.
         latents: f32 [P, F, Y, X, C], denoised.
-        prompts, seeds, settings, policy: what was asked for.
-        budgets: int32 [steps], exact key blocks per query block that each step was given.
-        densities: f32 [steps, layers], share of the key blocks that were exact; 1 where dense.
+        prompts, seeds, settings, policy, cache: what was asked for.
+        budgets: int32 [steps], exact key blocks per query block that each step was given; 0 where
+            the cache skipped it.
+        densities: f32 [steps, layers], share of the key blocks that were exact; 1 where dense, 0
+            where skipped.
         seconds: [steps], wall time; the first step of each mode includes compilation.
         distances: f32 [steps, P], mean |v_t − v_{t−1}| of each prompt's velocity after guidance;
             NaN at step 0.
@@ -63,6 +66,7 @@ class Result(NamedTuple):
     seeds: tuple[int, ...]
     settings: Settings
     policy: Policy
+    cache: StepCache | None
     budgets: Int[np.ndarray, " steps"]
     densities: Float[np.ndarray, "steps layers"]
     seconds: Float[np.ndarray, " steps"]
@@ -113,6 +117,7 @@ class Pipeline:
         prompts: list[str],
         *,
         policy: Policy | None = None,
+        cache: StepCache | None = None,
         seeds: list[int] | None = None,
         negative_prompt: str = "",
         states: Float[np.ndarray, "P E D"] | None = None,
@@ -127,6 +132,9 @@ class Pipeline:
         Args:
             prompts: at least one, none empty.
             policy: attention method; None is PASA with its defaults and the card's block size.
+            cache: steps that reuse the last computed residual (`pasa_jax.caches`) and skip all
+                attention; None computes all. Budgets of the others stay as they are, so what a
+                skipped step would have had is not spent. It keeps f32 [B, T, D] on the device.
             seeds: one a prompt, unsigned 32-bit; None gives all 0. A video depends on its prompt,
                 seed and settings, not on its place in the batch; only an online budget is one for
                 all, and follows the mean of the batch.
@@ -154,9 +162,9 @@ class Pipeline:
         check_policy(policy, self.card, chosen, curve)
         text = self.encode(prompts, negative_prompt, chosen.guidance, states, negative_states)
         mean = None if curve is None else curve.mean
-        latents, record = self.sample(text, seeds, policy, chosen, mean, progress, observe)
+        latents, record = self.sample(text, seeds, policy, chosen, mean, progress, observe, cache)
         frames = None if self.codec is None else to_frames(self.codec.decode(latents))
-        asked = (tuple(prompts), tuple(seeds), chosen, policy)
+        asked = (tuple(prompts), tuple(seeds), chosen, policy, cache)
         return Result(frames, np.asarray(latents), *asked, **record)
 
     def encode(
@@ -192,6 +200,7 @@ class Pipeline:
         curve: Sequence[float] | None = None,
         progress: bool = False,
         observe: Callable[[int, Float[Array, "P F Y X C"]], None] | None = None,
+        cache: StepCache | None = None,
     ) -> tuple[Float[Array, "P F Y X C"], dict[str, np.ndarray]]:
         """Denoises from noise; returns latents and the record of the steps (see `Result`)."""
         steps = settings.steps
@@ -204,22 +213,41 @@ class Pipeline:
         state = policy.init_state(self._shape(settings, len(text)))
         graph, params = nnx.split(self.model)
         guidance = jnp.float32(settings.guidance)
-        log = Log(blocks)
+        log, modes = Log(blocks), self.modes(policy, settings, cache)
+        keep = SKIP in modes
         with tqdm(total=steps, disable=not progress, bar_format=BAR) as bar:
-            for i, mode in enumerate(policy.modes(steps)):
+            for i, mode in enumerate(modes):
                 began, exact = time.perf_counter(), budget.at(i)
                 # Dense steps are alike under every policy, and so share one compilation.
-                method, bound = (Dense(), 1) if mode == "dense" else (policy, budget.bound)
+                alike = mode in ("dense", SKIP)
+                method, bound = (Dense(), 1) if alike else (policy, budget.bound)
                 attention = Attention(method, mode, jnp.int32(i), exact, policy_keys, bound, state)
+                if mode != SKIP:
+                    carry = carry._replace(residual=None)  # freed before the next one is made
                 carry, distance, record = denoise(
-                    graph, params, schedule, carry, text, guidance, attention
+                    graph, params, schedule, carry, text, guidance, attention, keep
                 )
-                budget, state = budget.after(distance), record.state
+                budget, state = budget.after(distance, mode), record.state
                 bar.set_postfix_str(log.add(mode, exact, distance, record.density, began))
                 bar.update()
                 if observe is not None:
                     observe(i, carry.latents)
         return carry.latents, log.arrays()
+
+    def modes(
+        self, policy: Policy, settings: Settings, cache: StepCache | None = None
+    ) -> tuple[str, ...]:
+        """Every step's mode, the policy's own or `caches.SKIP`; known before the run."""
+        modes = policy.modes(settings.steps)
+        if cache is None:
+            return modes
+        schedule = sampling.make_schedule(settings.sampler, settings.steps, settings.shift)
+
+        def embed():
+            return jax.device_get(_embed_times(*nnx.split(self.model), schedule.timesteps))
+
+        computed = cache.steps(modes, embed)
+        return tuple(mode if run else SKIP for mode, run in zip(modes, computed, strict=True))
 
     def _shape(self, settings: Settings, batch: int) -> AttentionShape:
         """What the policy's state may depend on."""
@@ -287,14 +315,19 @@ BAR = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining
 
 
 class Carry(NamedTuple):
-    """What goes from step to step: latents, the sampler's memory, the last velocity; all f32."""
+    """What goes from step to step, all f32.
+
+    Latents, the sampler's memory, the last velocity, and the last computed step's residual
+    (`Wan.with_residual`) where the run skips steps.
+    """
 
     latents: Float[Array, "P F Y X C"]
     memory: sampling.State
     velocity: Float[Array, "P F Y X C"]
+    residual: Float[Array, "B T D"] | None = None
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 7))
 def denoise(
     graph: nnx.GraphDef,
     params: Any,
@@ -303,6 +336,7 @@ def denoise(
     text: Float[Array, "B E D"],
     guidance: Float[Array, ""],
     attention: Attention,
+    keep: bool = False,
 ) -> tuple[Carry, Float[Array, " P"], LayerRecord]:
     """One step; compiled once per mode, as step, budget, seeds and guidance are data.
 
@@ -312,7 +346,9 @@ def denoise(
         carry: from the step before.
         text: branch-major states; B = P runs without guidance, B = 2P with it.
         guidance: weight of the conditional velocity's lead over the unconditional one.
-        attention: policy, mode, step, budget and the policy's state.
+        attention: policy, mode, step, budget and the policy's state; mode `caches.SKIP` adds the
+            carry's residual in the blocks' place, and leaves state and residual as they are.
+        keep: put the residual into the carry, for later steps that skip.
 
     Returns:
         The next carry, mean |v_t − v_{t−1}| of each prompt, and the layers' records.
@@ -321,14 +357,27 @@ def denoise(
     branches = text.shape[0] // carry.latents.shape[0]
     latents = jnp.tile(carry.latents, (branches, 1, 1, 1, 1))
     timesteps = jnp.full(latents.shape[:1], schedule.timesteps[i])
-    velocity, record = nnx.merge(graph, params)(latents, timesteps, text, attention)
+    model, residual = nnx.merge(graph, params), carry.residual
+    if attention.mode == SKIP:
+        velocity = model.skip(latents, timesteps, residual)
+        record = LayerRecord(attention.state, jnp.zeros(model.config.num_layers, jnp.float32))
+    elif keep:
+        velocity, record, residual = model.with_residual(latents, timesteps, text, attention)
+    else:
+        velocity, record = model(latents, timesteps, text, attention)
     velocity = velocity.astype(jnp.float32)
     if branches == 2:
         conditional, unconditional = jnp.split(velocity, 2)
         velocity = unconditional + guidance * (conditional - unconditional)
     distance = jax.vmap(velocity_distance)(velocity, carry.velocity)
     latents, memory = sampling.update(schedule, carry.memory, carry.latents, velocity, i)
-    return Carry(latents, memory, velocity), jnp.where(i == 0, jnp.nan, distance), record
+    carry = Carry(latents, memory, velocity, residual)
+    return carry, jnp.where(i == 0, jnp.nan, distance), record
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_times(graph: nnx.GraphDef, params: Any, timesteps: Float[Array, " steps"]):
+    return nnx.merge(graph, params).embed_time(timesteps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,10 +406,11 @@ class Budget:
         """Blocks of step i, which must be the next one."""
         return jnp.int32(self.table[i]) if self.online is None else _online_blocks(self.online)
 
-    def after(self, distance: Float[Array, " P"]) -> "Budget":
-        """The budget once a step has run."""
+    def after(self, distance: Float[Array, " P"], mode: str) -> "Budget":
+        """The budget once a step has run; a skipped one loses its blocks and tells no speed."""
         if self.online is None:
             return self
+        distance = jnp.full_like(distance, jnp.nan) if mode == SKIP else distance
         return dataclasses.replace(self, online=_online_after(self.online, distance))
 
 
@@ -384,9 +434,9 @@ class Log:
     ) -> str:
         """Waits for the step, notes it, and says it in words."""
         distance, density = np.asarray(distance), np.asarray(density)
-        exact = self.blocks if mode == "dense" else int(budget)
+        exact = {"dense": self.blocks, SKIP: 0}.get(mode, budget)
         seconds = time.perf_counter() - began
-        self.rows.append((exact, density, seconds, distance))
+        self.rows.append((int(exact), density, seconds, distance))
         return f"{seconds:.2f} s/step, density {density.mean():.3f}"
 
     def arrays(self) -> dict[str, np.ndarray]:
