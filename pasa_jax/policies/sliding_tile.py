@@ -169,8 +169,8 @@ def _lists(policy: SlidingTile, grid: TokenGrid) -> StaticLists:
 def _near(size: int, side: int) -> Bool[np.ndarray, "n n"]:
     """Which tiles of an axis a query tile sees through a window of `side`, clamped at the ends."""
     reach = side // 2
-    start = np.clip(np.arange(size) - reach, 0, max(0, size - 2 * reach - 1))[:, None]
     place = np.arange(size)[None, :]
+    start = np.minimum(np.maximum(place.T - reach, 0), size - 2 * reach - 1)
     return (start <= place) & (place <= start + 2 * reach)
 
 
