@@ -258,11 +258,15 @@ def _columns(tail: BlockStatistics, blocks: BlockIndex, dtype: jnp.dtype, c: _Co
     return _Columns(mean, value, log_length, skip, matrix)
 
 
-def _tail_config(tail: BlockStatistics | None, order: int, most: int, row_bytes: int) -> dict:
+def _tail_config(
+    tail: BlockStatistics | None, order: int, most: int, row_bytes: int, hopper: bool
+) -> dict:
     """How the tail is cut: steps of at most `most` block means, never across groups."""
     if tail is None:
         return dict(group=0, columns=0, chunks=0, groups=0, matrix_rows=0)
     blocks = tail.length.shape[1]
+    # Before Hopper a product's operands lie in registers, which a whole matrix overfills.
+    matrix_bytes = MATRIX_BYTES if hopper else MATRIX_BYTES // 2
     group = blocks if order == 0 else min(tail.group, blocks)
     columns = min(most, power_of_two(group))
     wide = power_of_two(tail.key_mean.shape[3])
@@ -271,16 +275,18 @@ def _tail_config(tail: BlockStatistics | None, order: int, most: int, row_bytes:
         columns=columns,
         chunks=num_blocks(group, columns),
         groups=group_count(blocks, group),
-        matrix_rows=min(wide, MATRIX_BYTES // row_bytes) if order == 1 else 0,
+        matrix_rows=min(wide, matrix_bytes // row_bytes) if order == 1 else 0,
     )
 
 
 def _compiler_params(
-    options: Mapping[str, int], tile: int, row_bytes: int, config: _Config
+    options: Mapping[str, int], tile: int, row_bytes: int, config: _Config, hopper: bool
 ) -> pltriton.CompilerParams:
     """The defaults and what `options` change; raises NotImplementedError for what does not fit."""
     check_options("triton", options)
-    warps = 4 if tile * row_bytes <= 64 * 256 and tile <= 64 else 8
+    small = tile * row_bytes <= 64 * 256 and tile <= 64
+    # Products before Hopper take their operands from registers: with a tail four warps spill.
+    warps = 4 if small and (hopper or not config.columns) else 8
     stages = 2 if row_bytes <= TWO_STAGE_BYTES else 1
     chosen = {"num_warps": warps, "num_stages": stages} | options
     tiles = tile + 2 * chosen["num_stages"] * (config.tile_keys + config.columns)
@@ -336,10 +342,8 @@ def _attend(
     refuse(q.dtype, h, block_q=block_q, block_kv=block_kv)
     wide = power_of_two(h)
     row_bytes = part_bytes(q.dtype, wide)
-    most = TILE_QUERIES
-    if tail is not None and not HOPPER.search(device_kind()):
-        most = TILE_QUERIES // 2  # more spill, as products there take their operands in registers
-    tile = math.gcd(block_q, min(most, QUERY_BYTES // row_bytes))
+    hopper = bool(HOPPER.search(device_kind()))
+    tile = math.gcd(block_q, min(TILE_QUERIES, QUERY_BYTES // row_bytes))
     tile_keys = math.gcd(block_kv, max(SMALLEST_TILE, min(TILE_KEYS, KEY_BYTES // row_bytes)))
     config = _Config(
         t=t,
@@ -351,7 +355,7 @@ def _attend(
         scale=h**-0.5 if scale is None else scale,
         masked=kv_length is not None or s % block_kv != 0,
         interpret=interpret,
-        **_tail_config(tail, order, tile_keys, row_bytes),
+        **_tail_config(tail, order, tile_keys, row_bytes, hopper),
     )
     end = jnp.full((b,), s, jnp.int32) if kv_length is None else kv_length.astype(jnp.int32)
     columns = None if tail is None else _columns(tail, blocks, q.dtype, config)
@@ -360,7 +364,7 @@ def _attend(
     if options is None:
         case = dict(head_dim=h, block_q=block_q, block_kv=block_kv, dtype=q.dtype)
         options = tuned("triton", density=config.slots / num_blocks(s, block_kv), **case)
-    params = _compiler_params(options, tile, row_bytes, config)
+    params = _compiler_params(options, tile, row_bytes, config, hopper)
     call = pl.pallas_call(
         functools.partial(_kernel, config=config),
         grid=(num_blocks(t, tile), n, b),  # neighbours in time share a head's keys
