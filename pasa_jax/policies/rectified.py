@@ -35,27 +35,32 @@ _FLOOR = float(np.finfo(np.float32).min)  # the logit of what is not there; fini
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rectified(Policy):
-    """The heaviest blocks exact, weighed by the share they hold of attention pooled by blocks.
+    """The heaviest blocks exact, weighed by their share of attention that is pooled by blocks.
 
     Tokens follow a Hilbert curve. Pooled attention gives every video block a column whose logit is
-    that of the means plus the log of its number of tokens, and every text token one of its own. It
-    chooses the exact blocks, scales their output to their share of it, and adds the mean value of
-    every other block at its pooled weight. Blocks that touch the query block's, and text, are
-    always exact beside the budget: the real density lies above `density`.
+    that of the means plus the log of its number of tokens, and every text token one of its own (the
+    paper's IPAR). It chooses the exact blocks, scales their output to the share they hold of it,
+    and adds the mean value of every other block at its pooled weight. A test of each pair of blocks
+    (GAPR) leaves out those whose logit of means is less than what pooling loses. Defaults are those
+    for Wan 2.1.
 
-    What the paper leaves open follows the published code, except that a ragged block counts its
-    true tokens. In a sequence without text the first J / F key blocks are exact for the first I / F
-    query blocks: along the curve not quite the first frame, but the code's rule for Wan.
+    Blocks that touch the query block, and text, are exact beside the budget, so that the real
+    density lies above `density`. In a sequence without text, as Wan's, so are the first J / F key
+    blocks for the first I / F query blocks: the published code's rule for the first frame, although
+    along the curve they are not quite it.
+
+    What the paper leaves open follows the published code, except that a ragged last block is pooled
+    over its true tokens. The test depends on a shift of all keys, which attention does not: keys
+    must come as the model makes them.
 
     Attributes:
-        density: exact share of the key blocks by weight, in (0, 1]: 1 less the paper's drop rate.
-        p_remain: a query block takes more than that where it needs more to pass this pooled weight,
-            in [0, 1].
-        test: of each pair of blocks, whether the logit of its means outweighs what pooling loses;
-            where it does not, nothing stands for the block. "signed" is the published code's
-            measure of the loss, "bound" does not let channels cancel, "none" trusts all pairs.
-        credit: who gets the weight of blocks that failed the test: "kept" gives it to the exact
-            part, as published code does, "literal" to none, as the paper reads.
+        density: share of the key blocks, in (0, 1], that a query block takes by weight: 1 less the
+            paper's drop rate.
+        p_remain: it takes more where those hold no more than that pooled weight, in [0, 1].
+        test: what pooling loses of a pair: "signed" lets channels cancel, as published code does,
+            "bound" does not and rejects nearly all, "none" trusts every pair (IPAR alone).
+        credit: what becomes of the weight of rejected blocks: "kept" gives it to the exact part, as
+            published code does, "literal" to none, as the paper reads.
         neighbours: whether blocks that touch are exact.
 
     Raises:
