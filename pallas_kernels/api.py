@@ -144,6 +144,24 @@ def _kernel(module: str, operation: str) -> Callable[..., Any]:
     return run
 
 
+def _dense_by_blocks(implementation: str) -> Callable[..., Any]:
+    """Dense attention as a block-sparse kernel with every block listed, for its log-sum-exp."""
+
+    def run(q, k, v, *, kv_length=None, scale=None, return_lse=False):
+        if not return_lse:
+            raise NotImplementedError("runs dense attention for its log-sum-exp alone")
+        (b, t, n, _), rows, keys = q.shape, 128, 64
+        columns = num_blocks(k.shape[1], keys)
+        count = jnp.full((b, n, num_blocks(t, rows)), columns, jnp.int32)
+        every = jnp.arange(columns, dtype=jnp.int32).reshape(1, 1, 1, columns)
+        blocks = BlockIndex(jnp.broadcast_to(every, (*count.shape, columns)), count)
+        sizes = {"block_q": rows, "block_kv": keys}
+        call = _Call(implementation, True, 0, tuple({**sizes, "order": 1, "scale": scale}.items()))
+        return _sparse(call, q, k, v, blocks, None, None, kv_length)
+
+    return run
+
+
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "block_sparse_attention": {
         "mosaic_gpu": _kernel("mosaic_gpu", "block_sparse_attention"),
@@ -162,6 +180,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "block_mass": {"triton": _kernel("triton_mass", "block_mass"), "xla": xla.block_mass},
     "dense_attention": {
         "cudnn": _cudnn_dense_attention,
+        "mosaic_gpu": _dense_by_blocks("mosaic_gpu"),
+        "triton": _dense_by_blocks("triton"),
         "splash": _kernel("splash", "dense_attention"),
         "xla": xla.dense_attention,
     },
@@ -523,7 +543,8 @@ def dense_attention(
         kv_length: valid keys of each batch row, from the start; None means all S.
         scale: factor on q·k; None means H^-1/2.
         return_lse: also return the log-sum-exp.
-        implementation: "cudnn", "splash" or "xla"; None picks the best that runs here.
+        implementation: "cudnn", "splash" or "xla"; "mosaic_gpu" and "triton" with return_lse, which
+            cuDNN rounds; None picks the best that runs here.
 
     Returns:
         Attention output in q.dtype, accumulated in float32 (float64 for float64 input). With

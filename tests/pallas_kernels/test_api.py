@@ -112,7 +112,7 @@ def test_statistics_of_another_group():
 
 
 def test_unknown_implementation():
-    with pytest.raises(ValueError, match="implementation='flash' must be one of cudnn, splash"):
+    with pytest.raises(ValueError, match="implementation='flash' must be one of cudnn, mosaic_gpu"):
         api.dense_attention(X, X, X, implementation="flash")
 
 

@@ -69,3 +69,20 @@ def test_streamed_gradient_stores_no_scores(pieces, problem):
     q, k, v, _ = problem(211, 211, 8, 8, 1)
     _, pullback = jax.vjp(lambda *qkv: api.dense_attention(*qkv), q, k, v)
     assert max(x.size for x in jax.tree.leaves(pullback)) < 2 * 3 * 211 * 211 / 16
+
+
+def test_a_gpu_lists_every_block_for_the_log_sum_exp(monkeypatch, problem):
+    """cuDNN rounds it; the kernel that would run is stood in for by XLA's."""
+    table = api.IMPLEMENTATIONS["block_sparse_attention"]
+    monkeypatch.setitem(table, "triton", table["xla"])
+    q, k, v, _ = problem(300, 210, 8, 8, 1, dtype="float32")
+    length = jnp.asarray([210, 70], jnp.int32)
+    call = dict(kv_length=length, return_lse=True)
+    for got, want in zip(
+        api.dense_attention(q, k, v, implementation="triton", **call),
+        reference.dense_attention(q, k, v, **call),
+        strict=True,
+    ):
+        assert distance(got, want) < TOLERANCE["float32"]
+    with pytest.raises(NotImplementedError, match="for its log-sum-exp alone"):
+        api.dense_attention(q, k, v, implementation="triton")
