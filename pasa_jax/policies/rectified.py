@@ -56,7 +56,8 @@ class Rectified(Policy):
     Attributes:
         density: share of the key blocks, in (0, 1], that a query block takes by weight: 1 less the
             paper's drop rate.
-        p_remain: it takes more where those hold no more than that pooled weight, in [0, 1].
+        p_remain: a query block takes more where its share holds no more than this pooled weight, in
+            [0, 1].
         test: what pooling loses of a pair: "signed" lets channels cancel, as published code does,
             "bound" does not and rejects nearly all, "none" trusts every pair (IPAR alone).
         credit: what becomes of the weight of rejected blocks: "kept" gives it to the exact part, as
