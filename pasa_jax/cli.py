@@ -172,7 +172,34 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Generate(Sampling):
+class Caching:
+    """What all commands that may skip steps share.
+
+    Attributes:
+        cache: skip steps: teacache, teacache-retention, or every-N, as every-2; works with any
+            method.
+        cache_threshold: of teacache, a larger one skips more.
+    """
+
+    cache: Annotated[str | None, _of("NAME", "(default: none)")] = None
+    cache_threshold: Annotated[
+        float | None, _of("FLOAT", "(default: Wan's lowest published, 0.1 for others)")
+    ] = None
+
+    def step_cache(self, card, prefix: float = 0.0):
+        """The checked cache, or None."""
+        from pasa_jax.caches import make_cache
+
+        if self.cache is not None:
+            cache = make_cache(self.cache, card.config, self.cache_threshold)
+            return dataclasses.replace(cache, prefix=prefix)
+        if self.cache_threshold is not None:
+            raise ValueError(f"cache_threshold={self.cache_threshold} must come with --cache")
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate(Caching, Sampling):
     """Options of `pasa-jax generate`.
 
     Attributes:
@@ -215,6 +242,7 @@ def generate(argv: list[str]) -> None:
         result = pipeline.generate(
             job.prompts[part],
             policy=job.policy,
+            cache=job.cache,
             seeds=job.seeds[part],
             negative_prompt=options.negative_prompt,
             states=None if job.states is None else job.states[part],
@@ -254,6 +282,7 @@ class Job:
     states: np.ndarray | None
     negative: np.ndarray | None
     curve: Any
+    cache: Any
 
 
 def _job(options: Any, policy_class: type) -> Job:
@@ -286,7 +315,8 @@ def _job(options: Any, policy_class: type) -> Job:
     states = None if states is None else states[[i for i, _ in pairs]]
     curve = None if options.curve is None else _curve(options.curve)
     check_policy(policy, card, settings, curve)
-    return Job(card, settings, policy, prompts, seeds, targets, states, negative, curve)
+    cache = options.step_cache(card)
+    return Job(card, settings, policy, prompts, seeds, targets, states, negative, curve, cache)
 
 
 def _with_policy(base: type, argv: list[str]) -> tuple[type, type]:
@@ -421,11 +451,13 @@ def _write(result: Any, targets: list[Path], fps: float) -> None:
             shape = "x".join(map(str, result.latents[i].shape))
             what = f"latents {shape} (its video decoder is not part of this package)"
         print(f"wrote {target}: {what}")
+    ran = result.budgets > 0
+    skipped = "" if ran.all() else f", {(~ran).sum()} of them skipped,"
+    seconds, densities = result.seconds[ran], result.densities[ran]
     print(
-        f"{s.steps} steps in {result.seconds.sum():.1f} s with compilation, "
-        f"{np.median(result.seconds):.3f} s a step without; mean density "
-        f"{result.densities.mean():.3f}, {result.densities.min():.3f} to "
-        f"{result.densities.max():.3f}"
+        f"{s.steps} steps{skipped} in {result.seconds.sum():.1f} s with compilation, "
+        f"{np.median(seconds):.3f} s a {'computed ' if skipped else ''}step without; mean density "
+        f"{densities.mean():.3f}, {densities.min():.3f} to {densities.max():.3f}"
     )
 
 
@@ -591,7 +623,7 @@ class Methods:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare(Methods, Sampling):
+class Compare(Methods, Caching, Sampling):
     """Options of `pasa-jax compare`.
 
     Attributes:
@@ -641,6 +673,8 @@ def _summary(method: dict[str, Any]) -> str:
     if "failure" in method:
         return f"failed: {method['failure']}"
     told = [f"density {method['density']['sparse']:.3f}", f"{method['speedup']:.2f}x as fast"]
+    if method["cache"] is not None:
+        told.append(f"{method['cache']['computed']} steps computed")
     for name, unit in (("psnr", "PSNR {:.2f} dB"), ("ssim", "SSIM {:.3f}")):
         value = method["metrics"][name]
         told += [] if value is None else [unit.format(value["mean"])]
@@ -671,6 +705,8 @@ def _comparison_job(options: Compare) -> dict[str, Any]:
         prompts=list(options.prompts),
         seeds=list(options.seed),
         policies=policies,
+        # With one prefix, methods and dense skip the same steps.
+        cache=options.step_cache(card, options.dense_prefix),
         batch=options.batch,
         shown=options.shown,
         states=states,

@@ -22,6 +22,7 @@ from jaxtyping import Bool, UInt8
 
 from pasa_jax import metrics
 from pasa_jax.attention import Attention, attend
+from pasa_jax.caches import SKIP, StepCache
 from pasa_jax.calibration import VelocityCurve
 from pasa_jax.info import machine
 from pasa_jax.pipeline import Pipeline, Result
@@ -30,6 +31,7 @@ from pasa_jax.settings import Settings
 from pasa_jax.video import atomic
 
 DENSE = "dense"
+NOT_SPARSE = ("dense", "search", SKIP)  # modes that run no sparse attention
 # Metrics of a clip, in the order of tables; those that are None throughout are left out.
 METRICS = ("psnr", "ssim", "smoothness", "smoothness_gap", "flicker", "lpips", "latent_error")
 
@@ -63,6 +65,7 @@ class Entry:
 
     policy: Policy
     modes: tuple[str, ...]
+    cache: StepCache | None = None
     clips: list[Clip] = dataclasses.field(default_factory=list)
     frames: list[np.ndarray] = dataclasses.field(default_factory=list)
     errors: list[np.ndarray] = dataclasses.field(default_factory=list)  # [steps, P] a batch
@@ -79,6 +82,7 @@ def compare(
     seeds: Sequence[int],
     policies: dict[str, Policy],
     *,
+    cache: StepCache | None = None,
     batch: int = 1,
     shown: int = 3,
     states: np.ndarray | None = None,
@@ -94,6 +98,8 @@ def compare(
         pipeline: its model is sampled.
         prompts, seeds: all pairs of the two are clips.
         policies: by label; "dense" is added where it is missing.
+        cache: of every policy, dense included, labelled "pasa + every-2"; the reference "dense"
+            has none, so speed-ups count what the cache saves. None for none at all.
         batch: clips sampled together.
         shown: clips whose frames are returned.
         states: text states [P, E, D], one a prompt, for models without a text encoder.
@@ -104,7 +110,8 @@ def compare(
 
     Returns:
         The comparison as JSON holds it: machine, settings, and for each method parameters, clips,
-        means with standard deviations, real density by step and layer, error by step, seconds,
+        means with standard deviations, real density by step and layer (0 where the cache skipped
+        the step; "sparse" is the mean over those that ran sparse), error by step, seconds,
         speed-up, attention's share and what tiny's check reads. A method that fails is reported
         with its reason and without figures. Then the shown frames by label.
 
@@ -116,8 +123,7 @@ def compare(
     if not prompts or not seeds or not policies:
         raise ValueError(f"{prompts=}, {seeds=} and {policies=} must each hold at least one")
     chosen = pipeline.card.settings(**settings)
-    policies = {DENSE: Dense(), **policies}
-    entries = {name: Entry(p, p.modes(chosen.steps)) for name, p in policies.items()}
+    entries = _entries(pipeline, chosen, policies, cache)
     pairs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     still = _still_pixels(prompts) if pipeline.card.complete else None
     for start in range(0, len(pairs), batch):
@@ -139,6 +145,21 @@ def compare(
     return _comparison(pipeline, chosen, prompts, entries), frames
 
 
+def _entries(
+    pipeline: Pipeline, settings: Settings, policies: dict[str, Policy], cache: StepCache | None
+) -> dict[str, Entry]:
+    """The reference and every method, with its cache in the name."""
+
+    def entry(policy, cache):
+        return Entry(policy, pipeline.modes(policy, settings, cache), cache)
+
+    policies = {DENSE: Dense(), **policies}
+    if cache is None:
+        return {name: entry(policy, None) for name, policy in policies.items()}
+    cached = {f"{name} + {cache}": entry(policy, cache) for name, policy in policies.items()}
+    return {DENSE: entry(policies[DENSE], None), **cached}
+
+
 def _run_batch(pipeline, prompts, job, entries, curve, still, shown) -> None:
     """One batch of clips under every method that has not failed; dense first."""
     exact, path = None, []
@@ -151,6 +172,7 @@ def _run_batch(pipeline, prompts, job, entries, curve, still, shown) -> None:
             result = pipeline.generate(
                 prompts,
                 policy=entry.policy,
+                cache=entry.cache,
                 curve=read,
                 observe=lambda i, latents, seen=seen: seen.append(np.asarray(latents)),
                 **job,
@@ -264,7 +286,7 @@ def _attention_cost(
 
 def _sparse_densities(entry: Entry) -> np.ndarray:
     """Densities of the sparse steps [steps, layers], layers that run dense left out."""
-    sparse = [mode not in ("dense", "search") for mode in entry.modes]
+    sparse = [mode not in NOT_SPARSE for mode in entry.modes]
     density = np.mean(entry.densities, axis=0)[sparse]
     layers = [i for i in range(density.shape[1]) if i not in entry.policy.dense_layers]
     return density[:, layers] if density.size and layers else np.ones((1, 1))
@@ -323,6 +345,7 @@ def _comparison(pipeline, settings, prompts, entries) -> dict[str, Any]:
             name: {
                 "policy": type(entry.policy).__name__,
                 "parameters": dataclasses.asdict(entry.policy),
+                "cache": _cache(entry),
                 **(
                     {"failure": entry.failure}
                     if entry.failure is not None
@@ -337,6 +360,14 @@ def _comparison(pipeline, settings, prompts, entries) -> dict[str, Any]:
     }
 
 
+def _cache(entry: Entry) -> dict[str, Any] | None:
+    """The method's cache and how many steps it leaves."""
+    if entry.cache is None:
+        return None
+    computed = sum(mode != SKIP for mode in entry.modes)
+    return {"name": str(entry.cache), "computed": computed, **dataclasses.asdict(entry.cache)}
+
+
 def _attention_share(entry: Entry, exact: Entry, layers: int) -> float:
     """Share of a sparse step's seconds that its self-attention takes; at most 1."""
     dense_layers = sum(layer < layers for layer in entry.policy.dense_layers)
@@ -346,10 +377,11 @@ def _attention_share(entry: Entry, exact: Entry, layers: int) -> float:
 
 
 def _sparse_step(entry: Entry) -> float:
-    """Seconds of a sparse step; of any step where all are dense."""
+    """Seconds of a sparse step; of any computed one where all are dense."""
     seconds, _ = step_seconds(entry.modes, entry.seconds)
-    sparse = [i for i, mode in enumerate(entry.modes) if mode not in ("dense", "search")]
-    return float(np.median(seconds[sparse] if sparse else seconds))
+    sparse = [i for i, mode in enumerate(entry.modes) if mode not in NOT_SPARSE]
+    computed = [i for i, mode in enumerate(entry.modes) if mode != SKIP]
+    return float(np.median(seconds[sparse or computed]))
 
 
 def _figures(entry: Entry, prompts, dense: float) -> dict[str, Any]:
