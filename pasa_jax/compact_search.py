@@ -40,11 +40,10 @@ class Criterion:
 
     Attributes:
         min_recall: least share of the attention's mass that each prompt's own windows keep, τ.
-        max_cost: most recall that one more unit of dropped tiles may cost, λ. None is the paper's
-            0.011 for Wan; of "tile" it is scaled by 420 (the tiles it was stated for) over the
-            video's tiles, as the paper's value belongs to one tile size.
-        cost_unit: "tile", a key tile per query tile; or "share", the whole grid of tiles, a reading
-            under which the published sparsity cannot be reached.
+        max_cost: most recall that one more unit of dropped tiles may cost, λ. None is 0.011, the
+            paper's for Wan; with "tile" times 420, the tiles it was stated for, over the video's.
+        cost_unit: "tile", one key tile per query tile; or "share", all tiles of the video, a
+            reading that cannot reach the published sparsity.
         recall_scope: "head" counts the mass of all frame groups together, so that distant ones may
             vanish; "group" holds each group to `min_recall` of its own.
         signed: tell keys of earlier from keys of later frames; False: by distance alone.

@@ -188,14 +188,14 @@ class Compact(Policy):
     serves `masks.reuse` steps. The first of them follows the masks' own dense steps; under a
     shorter `dense_prefix` their first bucket serves the steps before as well.
 
-    The paper publishes neither tile nor frame groups, reuse interval or cost unit; here a tile is
-    3 × 8 × 8 tokens where the grid is a multiple, a group is a distance in tiles of frames, and the
-    interval is 5 steps (the search's own choices stand at `compact_search.Criterion`).
+    The paper publishes neither tile nor frame groups; here a tile has 192 tokens, on its grid
+    3 × 8 × 8, and a group is a distance in tiles of frames. What else it leaves open stands at
+    `compact_search.Criterion`.
 
     Attributes:
         masks: searched windows. None: a plain local window for all layers, heads and steps.
-        density: without masks, the least share of the key tiles that the local window keeps, see
-            `local_windows`. Masks bring their own density, and then this is not read.
+        density: least share of the key tiles in the local window, which grows strip by strip
+            around the query's tile. With masks, whose density is their own, not read.
         dense_prefix: the paper's 15 of 50 steps.
         block_q, block_kv: tokens of a tile; equal. Without masks the tile is `grid.tile_of`'s.
 
