@@ -21,6 +21,7 @@ from pasa_jax.policies.radial import Radial
 from pasa_jax.policies.rectified import Rectified
 from pasa_jax.policies.sliding_tile import SlidingTile
 from pasa_jax.policies.sparge import Sparge
+from pasa_jax.policies.sparse_vdit import HeadPatterns, SparseVdit
 from pasa_jax.policies.svg import Svg
 
 POLICIES: dict[str, type] = {
@@ -33,6 +34,7 @@ POLICIES: dict[str, type] = {
     "sliding_tile": SlidingTile,
     "radial": Radial,
     "sparge": Sparge,
+    "sparse_vdit": SparseVdit,
     "svg": Svg,
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "CompactMasks",
     "Context",
     "Dense",
+    "HeadPatterns",
     "Pasa",
     "Pisa",
     "Plan",
@@ -52,6 +55,8 @@ __all__ = [
     "Rectification",
     "Rectified",
     "SlidingTile",
+    "Sparge",
+    "SparseVdit",
     "Svg",
     "make_policy",
 ]
