@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ import tyro
 COMMANDS = {
     "generate": "make videos from prompts",
     "calibrate": "record the velocity curve that shares PASA's budget over the steps",
-    "search": "search compact: find the windows that a model's heads need, for Compact Attention",
+    "search": "search compact, search paro: find the masks that a model's heads need, for --masks",
     "convert": "turn a PyTorch checkpoint of Wan into one of Flax",
     "compare": "set methods side by side: videos, figures and curves on one page",
     "inspect": "draw where one layer's attention lies, and which blocks methods take",
@@ -293,8 +294,10 @@ def _job(options: Any, policy_class: type) -> Job:
     block_q, block_kv = options.block_q, options.block_kv
     parameters = vars(policy_options)
     if parameters.get("masks") is not None:
-        parameters = {**parameters, "masks": _masks(parameters["masks"])}
-        block_q = math.prod(parameters["masks"].tile) if block_q is None else block_q
+        masks = _masks(policy_class, parameters["masks"])
+        parameters = {**parameters, "masks": masks}
+        own = math.prod(masks.tile) if hasattr(masks, "tile") else masks.block
+        block_q = own if block_q is None else block_q
     # Before the card: a bad density is told even where there is no such model.
     policy_class(**{**parameters, "masks": None} if "masks" in parameters else parameters)
     card = read_card(options.model)
@@ -418,10 +421,10 @@ def _curve(path: Path) -> Any:
     return _read("curve", VelocityCurve, path)
 
 
-def _masks(path: Path) -> Any:
-    from pasa_jax.policies import CompactMasks
-
-    return _read("masks", CompactMasks, path)
+def _masks(policy_class: type, path: Path) -> Any:
+    """Masks of the policy's own kind."""
+    types = {field.name: field.type for field in dataclasses.fields(policy_class)}
+    return _read("masks", typing.get_args(types["masks"])[0], path)
 
 
 def _read(name: str, kind: Any, path: Path) -> Any:
@@ -518,17 +521,66 @@ class Search(Sampling):
     out: Path = Path("masks.json")
 
 
+@dataclasses.dataclass(frozen=True)
+class SearchParo(Sampling):
+    """Options of `pasa-jax search paro`.
+
+    Attributes:
+        prompts: others than those to be made, one or two; tiny has two of its own.
+        prompt_states: text states of the prompts, as in `pasa-jax generate`.
+        out: JSON file.
+    """
+
+    prompts: Prompts = ()
+    prompt_states: Annotated[tuple[Path, ...], _of("FILE ...")] = ()
+    out: Path = Path("masks.json")
+
+
 def search(argv: list[str]) -> None:
-    """pasa-jax search compact: Compact Attention's masks from dense sampling."""
+    """pasa-jax search: masks from dense sampling, for the policies that need them."""
+    kinds = {"compact": _search_compact, "paro": _search_paro}
     with _refusing("pasa-jax search"):
         what = argv[0] if argv else ""
-        if what != "compact":
-            raise ValueError(f"{what!r} must be compact, as in: pasa-jax search compact")
+        if what not in kinds:
+            raise ValueError(f"{what!r} must be compact or paro, as in: pasa-jax search compact")
+    kinds[what](argv[1:])
+
+
+def _search_paro(argv: list[str]) -> None:
+    """PAROAttention's orders and masks."""
+    from pasa_jax import paro_search
+
+    about = "Chooses each head's order of tokens and its blocks, by dense sampling."
+    options_class = _nested(SearchParo, "criterion", paro_search.Criterion)
+    options = _parse(options_class, "search paro", argv, about)
+    with _refusing("pasa-jax search paro"):
+        card, settings, options, states, negative = _recording(options, 2)
+        paro_search.Search.start(card, settings, options.criterion)
+    masks = paro_search.calibrate_paro(
+        _load("search paro", card),
+        list(options.prompts),
+        criterion=options.criterion,
+        negative_prompt=options.negative_prompt,
+        states=None if states is None else list(states),
+        negative_states=negative,
+        progress=options.progress,
+        **dataclasses.asdict(settings),
+    )
+    masks.save(options.out)
+    heads, buckets = sum(map(len, masks.orders)), len(masks.starts)
+    print(
+        f"wrote {options.out}: {masks.prompts} prompts, density "
+        f"{masks.counts.mean() / masks.shape[-1]:.3f}, {buckets} masks for each of {heads} heads"
+    )
+
+
+def _search_compact(argv: list[str]) -> None:
+    """Compact Attention's masks."""
     from pasa_jax import compact_search
 
     about = "Searches the windows that each head needs, by dense sampling."
     options_class = _nested(Search, "criterion", compact_search.Criterion)
-    options = _parse(options_class, "search compact", argv[1:], about)
+    options = _parse(options_class, "search compact", argv, about)
     with _refusing("pasa-jax search compact"):
         card, settings, options, states, negative = _recording(options, 4)
         compact_search.Search.start(card, settings, options.criterion)

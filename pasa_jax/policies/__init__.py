@@ -15,6 +15,7 @@ from pasa_jax.policies.adaspa import AdaSpa
 from pasa_jax.policies.base import AttentionShape, Context, Plan, Policy, Rectification
 from pasa_jax.policies.compact import Compact, CompactMasks
 from pasa_jax.policies.dense import Dense
+from pasa_jax.policies.paro import Paro, ParoMasks
 from pasa_jax.policies.pasa import Pasa
 from pasa_jax.policies.pisa import Pisa
 from pasa_jax.policies.radial import Radial
@@ -36,6 +37,7 @@ POLICIES: dict[str, type] = {
     "sparge": Sparge,
     "sparse_vdit": SparseVdit,
     "svg": Svg,
+    "paro": Paro,
 }
 
 __all__ = [
@@ -47,6 +49,8 @@ __all__ = [
     "Context",
     "Dense",
     "HeadPatterns",
+    "Paro",
+    "ParoMasks",
     "Pasa",
     "Pisa",
     "Plan",
