@@ -21,7 +21,7 @@ from pasa_jax.policies.base import (
 )
 from pasa_jax.routing import forced_blocks, listed_blocks
 
-# Entries of an array of scores, 16 MiB of float32; beyond it heads are planned in turn.
+# Entries of an array of scores, 16 MiB of float32; beyond it one head is planned at a time.
 _MAX_SCORES = 1 << 22
 _FLOOR = float(np.finfo(np.float32).min)  # the score of what is not there; finite, so never NaN
 
@@ -117,10 +117,9 @@ class Sparge(Policy):
             mask = self._chosen(query, key, length > 0, forced, context)
             return jax.tree.map(lambda x: x[:, 0], listed_blocks(mask[:, None], slots))
 
-        size = max(1, _MAX_SCORES // (batch * rows.shape[1] * length.shape[1]))
-        blocks = jax.lax.map(
-            one_head, jnp.arange(heads, dtype=jnp.int32), batch_size=min(heads, size)
-        )
+        number = jnp.arange(heads, dtype=jnp.int32)
+        large = batch * heads * rows.shape[1] * length.shape[1] > _MAX_SCORES
+        blocks = jax.lax.map(one_head, number) if large else jax.vmap(one_head)(number)
         return Plan(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), blocks)), state
 
     def _slots(self, context: Context, blocks: int, text: np.ndarray | None) -> int:
