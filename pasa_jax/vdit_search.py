@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -97,10 +99,9 @@ def loss_for_density(
     best = losses.min(0).reshape(-1)
     order = np.argsort(best, kind="stable")
     saved = np.cumsum(1 - kept[losses.argmin(0).reshape(-1)[order]]) / len(best)
-    if density == 1:
-        return float(best.min()) - 1
-    enough = np.flatnonzero(1 - saved <= density + 1e-9)
-    return float(best[order[enough[0] if len(enough) else -1]])
+    fitting = np.flatnonzero(1 - np.insert(saved, 0, 0) <= density + 1e-9)
+    heads = fitting[0] if len(fitting) else len(best)
+    return float(best[order[heads - 1]]) if heads else float(best.min()) - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,9 +109,15 @@ class _Observer(Policy):
     """Dense attention that hands the host what `measure` makes of each layer's operands.
 
     Compared by identity: each one's program calls back into its own sums.
+
+    Attributes:
+        steps: where it measures.
+        measure: (q, k, v, out, lse, context) → f32 [N, M], mean over the batch.
+        sums: of them, by layer.
     """
 
     steps: tuple[int, ...]
+    measure: Callable[..., jax.Array]
     sums: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     dense_layers: tuple[int, ...] = ()
 
@@ -138,59 +145,71 @@ class _Observer(Policy):
         io_callback(add, None, context.layer, self.measure(q, k, v, out, lse, context))
         return out, state
 
-    def measure(self, q, k, v, out, lse, context: Context) -> Float[Array, "N ..."]:
-        """By head, mean over the batch."""
-        raise NotImplementedError(f"{type(self).__name__} has no measure")
+
+def _column_mass(block: int, q, k, v, out, lse, context: Context) -> Float[Array, "N J"]:
+    """The attention mass of every key block, mean over the video's queries and the batch."""
+    blocks = num_blocks(k.shape[1], block)
+
+    def head(number):
+        own = (jax.lax.dynamic_slice_in_dim(x, number, 1, axis=2) for x in (q, k, lse))
+        sizes = {"block_q": block, "block_kv": block, "top": blocks}
+        ids, mass, _ = api.block_mass(*own, kv_length=context.kv_length, **sizes)
+        total = jnp.zeros(blocks, jnp.float32).at[ids.reshape(-1)].add(mass.reshape(-1))
+        return total / jnp.float32(q.shape[0] * q.shape[1])
+
+    # One head at a time, as the map of all blocks by all blocks is large.
+    return jax.lax.map(head, jnp.arange(q.shape[2], dtype=jnp.int32))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _ColumnMass(_Observer):
-    """The attention mass [N, J] of every key block."""
-
-    def measure(self, q, k, v, out, lse, context: Context) -> Float[Array, "N J"]:
-        """Mean over the video's queries and the batch."""
-        blocks = num_blocks(k.shape[1], self.block_kv)
-        sizes = {"block_q": self.block_q, "block_kv": self.block_kv, "top": blocks}
-
-        def head(number):
-            own = (jax.lax.dynamic_slice_in_dim(x, number, 1, axis=2) for x in (q, k, lse))
-            ids, mass, _ = api.block_mass(*own, kv_length=context.kv_length, **sizes)
-            total = jnp.zeros(blocks, jnp.float32).at[ids.reshape(-1)].add(mass.reshape(-1))
-            return total / jnp.float32(q.shape[0] * q.shape[1])
-
-        # One head at a time, as the map of all blocks by all blocks is large.
-        return jax.lax.map(head, jnp.arange(q.shape[2], dtype=jnp.int32))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Errors(_Observer):
-    """Squared errors [N, 4] of skip and of other patterns, over the layer's mean square.
-
-    Attributes:
-        patterns: all heads diagonal, all multi-diagonal, all striped.
-    """
-
-    patterns: tuple[HeadPatterns, ...]
-
-    def measure(self, q, k, v, out, lse, context: Context) -> Float[Array, "N 4"]:
-        """Over the video's queries, mean over the batch."""
-        tokens, grid = q.shape[1], context.need_grid(self)
-        exact = out.astype(jnp.float32)
-        square = jnp.square(exact).mean((1, 3))
-        errors = [square]
-        q = pad_axis(q, 1, k.shape[1])  # text's queries run dense, and nobody looks
-        for masks in self.patterns:
-            policy = SparseVdit(masks=masks, block_q=self.block_q, block_kv=self.block_kv)
-            run = Attention(policy, "sparse", context.step, context.budget, context.keys, 1)
-            where = {"layer": context.layer, "grid": grid, "kv_length": context.kv_length}
-            sparse, _ = attend(q, k, v, run, **where)
-            errors.append(jnp.square(sparse[:, :tokens].astype(jnp.float32) - exact).mean((1, 3)))
-        every = square.mean(1).reshape(-1, 1, 1)
-        return (jnp.stack(errors, -1) / every).mean(0)
+def _errors(
+    patterns: tuple[HeadPatterns, ...], q, k, v, out, lse, context: Context
+) -> Float[Array, "N M"]:
+    """Squared errors of skip and of the patterns, over the mean square of the layer's output."""
+    tokens, exact = q.shape[1], out.astype(jnp.float32)
+    square = jnp.square(exact).mean((1, 3))  # [B, N]
+    errors = [square]
+    q = pad_axis(q, 1, k.shape[1])  # text's queries run dense, and nobody looks
+    for masks in patterns:
+        policy = SparseVdit(masks=masks, block_q=masks.block, block_kv=masks.block)
+        run = Attention(policy, "sparse", context.step, context.budget, context.keys, 1)
+        where = {"layer": context.layer, "grid": context.grid, "kv_length": context.kv_length}
+        sparse, _ = attend(q, k, v, run, **where)
+        errors.append(jnp.square(sparse[:, :tokens].astype(jnp.float32) - exact).mean((1, 3)))
+    every = square.mean(1).reshape(-1, 1, 1)
+    return (jnp.stack(errors, -1) / every).mean(0)
 
 
 class _Enough(Exception):
     """Ends a run whose rest nobody needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+    """Dense runs, one a prompt, up to the last step that is measured."""
+
+    pipeline: Pipeline
+    prompts: list[str]
+    seeds: list[int]
+    states: list[np.ndarray] | None
+    steps: tuple[int, ...]
+    options: dict[str, Any]
+
+    def measured(self, measure: Callable[..., jax.Array]) -> Float[np.ndarray, "layers N M"]:
+        """Mean over prompts and steps."""
+        observer = _Observer(steps=self.steps, measure=measure)
+
+        def stop(i, latents):
+            if i == self.steps[-1]:
+                raise _Enough
+
+        for i, prompt in enumerate(self.prompts):
+            text = None if self.states is None else self.states[i][None]
+            where = {"policy": observer, "seeds": [self.seeds[i]], "states": text, "observe": stop}
+            with contextlib.suppress(_Enough):
+                self.pipeline.generate([prompt], **where, **self.options)
+        jax.effects_barrier()
+        total = np.stack([observer.sums[layer] for layer in sorted(observer.sums)])
+        return total / (len(self.prompts) * len(self.steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,30 +289,13 @@ def search_patterns(
         raise ValueError(f"{seeds=} must be one for each of the {len(prompts)} prompts")
     chosen = pipeline.card.settings(**settings)
     block = pipeline.card.block(chosen) if block is None else block
-    last = chosen.steps - 1
-    steps = tuple(sorted({round(share * last) for share in criterion.steps}))
-    own = {"block_q": block, "block_kv": block, "steps": steps}
+    shares = (round(share * (chosen.steps - 1)) for share in criterion.steps)
     options = {"negative_prompt": negative_prompt, "negative_states": negative_states}
     options |= {"progress": progress, **dataclasses.asdict(chosen)}
-
-    def measured(observer: _Observer) -> np.ndarray:
-        """[layers, N, ...], mean over prompts and steps."""
-
-        def stop(i, latents):
-            if i == steps[-1]:
-                raise _Enough
-
-        for i, prompt in enumerate(prompts):
-            text = None if states is None else states[i][None]
-            where = {"policy": observer, "seeds": [seeds[i]], "states": text, "observe": stop}
-            with contextlib.suppress(_Enough):
-                pipeline.generate([prompt], **where, **options)
-        jax.effects_barrier()
-        total = np.stack([observer.sums[layer] for layer in sorted(observer.sums)])
-        return total / (len(prompts) * len(steps))
-
+    runs = _Runs(pipeline, prompts, seeds, states, tuple(sorted(set(shares))), options)
     grid = pipeline.card.grid(chosen)
-    columns = _heaviest(measured(_ColumnMass(**own)), grid.text_blocks(block), criterion.stripes)
+    mass = runs.measured(functools.partial(_column_mass, block))
+    columns = _heaviest(mass, grid.text_blocks(block), criterion.stripes)
     shape = columns.shape[:2]
     striped = HeadPatterns(
         key=pipeline.card.curve_key(chosen),
@@ -307,7 +309,7 @@ def search_patterns(
         columns=columns.tobytes(),
     )
     every = [_with_modes(striped, np.full(shape, mode, np.int8)) for mode in range(1, 5)]
-    errors = measured(_Errors(**own, patterns=tuple(every[1:])))
+    errors = runs.measured(functools.partial(_errors, tuple(every[1:])))
     kept = np.array([heads.density for heads in every])
     found = Found(np.moveaxis(errors, -1, 0), kept, striped)
     return found.choose(criterion), found

@@ -274,7 +274,7 @@ def searched(pipeline):
     seen, real = [], search._Observer.search
 
     def spy(self, q, k, v, context, state):
-        where = type(self).__name__, context.layer, context.step, q, k, v
+        where = self.measure.func.__name__, context.layer, context.step, q, k, v
         io_callback(lambda *x: seen.append((where[0], *x)), None, *where[1:])
         return real(self, q, k, v, context, state)
 
@@ -287,7 +287,7 @@ def searched(pipeline):
 
 def test_a_search_measures_every_pattern_in_every_head(pipeline, searched):
     patterns, found, seen = searched
-    (first, second), grid = ("_ColumnMass", "_Errors"), TokenGrid(2, 4, 4)
+    (first, second), grid = ("_column_mass", "_errors"), TokenGrid(2, 4, 4)
     assert patterns.key == pipeline.card.curve_key(pipeline.card.settings())
     assert patterns.key.grid == grid and (patterns.block, patterns.width) == (4, 8)
     for name in (first, second):  # two prompts, two steps, two layers; no step behind the last
