@@ -724,7 +724,9 @@ def _summary(method: dict[str, Any]) -> str:
     """A method's main figures in a line."""
     if "failure" in method:
         return f"failed: {method['failure']}"
-    told = [f"density {method['density']['sparse']:.3f}", f"{method['speedup']:.2f}x as fast"]
+    from pasa_jax.report import density_told
+
+    told = [f"density {density_told(method)}", f"{method['speedup']:.2f}x as fast"]
     if method["cache"] is not None:
         told.append(f"{method['cache']['computed']} steps computed")
     for name, unit in (("psnr", "PSNR {:.2f} dB"), ("ssim", "SSIM {:.3f}")):

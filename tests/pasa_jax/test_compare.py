@@ -13,7 +13,7 @@ from pasa_jax import metrics
 from pasa_jax.cli import Compare, _named_policies, main
 from pasa_jax.compare import METRICS, compare, step_seconds, write_tables
 from pasa_jax.policies import Pasa, Pisa, Policy
-from pasa_jax.report import write_page
+from pasa_jax.report import density_told, write_page
 
 PROMPTS = ["blue and white waves moving left", "a red circle moving up on a green background"]
 SIZES = dict(block_q=4, block_kv=4, dense_layers=(), dense_prefix=0.4)
@@ -160,6 +160,17 @@ def test_the_command_refuses_in_one_line(more, message, capsys):
     assert main(["compare", *more]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"), [(0.15, "0.160"), (0.1, "0.160, not 0.1"), (None, "0.160")]
+)
+def test_a_density_far_from_the_one_asked_for_is_told(asked, told):
+    method = {
+        "density": {"sparse": 0.16},
+        "parameters": {} if asked is None else {"density": asked},
+    }
+    assert density_told(method) == told
 
 
 @pytest.fixture
