@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import io_callback
 
+from pasa_jax import pipeline as module
 from pasa_jax import vdit_search as search
 from pasa_jax.attention import Attention, attend
 from pasa_jax.calibration import CurveKey
@@ -280,8 +281,11 @@ def searched(pipeline):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search._Observer, "search", spy)
+        denoise, steps = module.denoise, []
+        patch.setattr(module, "denoise", lambda *x: steps.append(x[-1]) or denoise(*x))
         options = {"criterion": CRITERION, "block": 4, "progress": False}
         patterns, found = search.search_patterns(pipeline, PROMPTS, **options)
+    assert len(steps) == 2 * 2 * 4  # two runs a prompt, and no step behind the last of interest
     return patterns, found, seen
 
 
@@ -290,7 +294,7 @@ def test_a_search_measures_every_pattern_in_every_head(pipeline, searched):
     (first, second), grid = ("_column_mass", "_errors"), TokenGrid(2, 4, 4)
     assert patterns.key == pipeline.card.curve_key(pipeline.card.settings())
     assert patterns.key.grid == grid and (patterns.block, patterns.width) == (4, 8)
-    for name in (first, second):  # two prompts, two steps, two layers; no step behind the last
+    for name in (first, second):  # two prompts, two steps, two layers
         steps = [int(x[2]) for x in seen if x[0] == name]
         assert sorted(steps) == [1] * 4 + [3] * 4
     for layer in range(2):
