@@ -334,32 +334,42 @@ def calibrate_paro(
     passes = 2 * len(prompts) * (search.starts[-1] + 1)
     with tqdm(total=passes, disable=not progress, unit="step") as bar:
 
-        def mean(recorder: Recorder) -> np.ndarray:
-            """[buckets, layers, ...], over the prompts."""
-            total = 0.0
+        def mean(recorder: Recorder) -> list[np.ndarray]:
+            """By bucket [layers, ...], over the prompts; float32, as maps are large."""
+            total = {}
             for text, seed in zip(texts, seeds, strict=True):
-                found = []
-                for state in search.sample(pipeline.model, text, seed, recorder):
-                    found += [] if state is None else [state]
+                for i, state in enumerate(search.sample(pipeline.model, text, seed, recorder)):
+                    if state is not None:
+                        total[i] = total[i] + state if i in total else state
                     bar.update()
-                total = total + np.stack(found).astype(np.float64)
-            return total / len(prompts)
+            return [state / np.float32(len(prompts)) for state in total.values()]
 
-        scores = mean(search.recorder(None)).mean(0)
+        scores = np.mean(mean(search.recorder(None)), axis=0, dtype=np.float64)
         orders = choose_orders(scores[..., 0], scores[..., 1], criterion.alpha)
         orders = tuple(map(tuple, orders.tolist()))
-        mass = mean(search.recorder(orders)).swapaxes(0, 1)
+        mass = mean(search.recorder(orders))
+    return _masks(search, orders, mass, len(prompts))
+
+
+def _masks(
+    search: Search, orders: tuple[tuple[int, ...], ...], mass: list[np.ndarray], prompts: int
+) -> ParoMasks:
+    """The heaviest blocks of every bucket's maps [layers, N, I, J], and the rest of the record."""
+    criterion = search.criterion
     text = search.card.grid(search.settings).text_blocks(search.block)
-    bits = [np.packbits(heaviest_blocks(x, criterion.density, text), axis=-1) for x in mass]
+    bits = [
+        [np.packbits(heaviest_blocks(layer, criterion.density, text), axis=-1) for layer in bucket]
+        for bucket in mass
+    ]
     return ParoMasks(
-        key=pipeline.card.curve_key(search.settings),
+        key=search.card.curve_key(search.settings),
         block=search.block,
         starts=search.starts,
         density=criterion.density,
         alpha=criterion.alpha,
         small=criterion.small,
         share=criterion.share,
-        prompts=len(prompts),
+        prompts=prompts,
         orders=orders,
-        bits=np.stack(bits).tobytes(),
+        bits=np.asarray(bits).swapaxes(0, 1).tobytes(),
     )
