@@ -109,6 +109,15 @@ def test_teacache_skips_as_a_plain_loop(threshold, retention):
     assert threshold < 1 or not all(want)
 
 
+def test_retention_follows_the_modulation_and_plain_the_time_embedding():
+    still, moving = np.ones((10, 4)), np.arange(1.0, 61.0).reshape(10, 6) ** 3
+    plain, retained = TeaCache(0.1), TeaCache(0.1, retention=True)
+    assert told(plain.steps(SPARSE, lambda: (still, moving))) == "##.......#"
+    assert told(plain.steps(SPARSE, lambda: (moving, still))) == "#" * 10
+    assert told(retained.steps(SPARSE, lambda: (still, moving))) == "#" * 10
+    assert told(retained.steps(SPARSE, lambda: (moving, still))) == "#####....."
+
+
 @pytest.mark.parametrize(
     ("cache", "modes", "want"),
     [
