@@ -25,7 +25,7 @@ import tyro
 COMMANDS = {
     "generate": "make videos from prompts",
     "calibrate": "record the velocity curve that shares PASA's budget over the steps",
-    "search": "search compact, search paro: find the masks that a model's heads need, for --masks",
+    "search": "search compact, paro or sparse_vdit: find what a model's heads need, for --masks",
     "convert": "turn a PyTorch checkpoint of Wan into one of Flax",
     "compare": "set methods side by side: videos, figures and curves on one page",
     "inspect": "draw where one layer's attention lies, and which blocks methods take",
@@ -536,14 +536,50 @@ class SearchParo(Sampling):
     out: Path = Path("masks.json")
 
 
+@dataclasses.dataclass(frozen=True)
+class SearchPatterns(SearchParo):
+    """Options of `pasa-jax search sparse_vdit`.
+
+    Attributes:
+        block: tokens of a block.
+    """
+
+    out: Path = Path("patterns.json")
+    block: Annotated[int | None, _of("INT", "(default: 16 below 4,096 tokens, else 64)")] = None
+
+
 def search(argv: list[str]) -> None:
     """pasa-jax search: masks from dense sampling, for the policies that need them."""
-    kinds = {"compact": _search_compact, "paro": _search_paro}
+    kinds = {"compact": _search_compact, "paro": _search_paro, "sparse_vdit": _search_patterns}
     with _refusing("pasa-jax search"):
         what = argv[0] if argv else ""
         if what not in kinds:
-            raise ValueError(f"{what!r} must be compact or paro, as in: pasa-jax search compact")
+            raise ValueError(f"{what!r} must be one of {_choices(what, list(kinds))}")
     kinds[what](argv[1:])
+
+
+def _search_patterns(argv: list[str]) -> None:
+    """Sparse-vDiT's pattern of each head."""
+    from pasa_jax import vdit_search
+
+    about = "Chooses each head's pattern, by dense sampling."
+    options_class = _nested(SearchPatterns, "criterion", vdit_search.Criterion)
+    options = _parse(options_class, "search sparse_vdit", argv, about)
+    with _refusing("pasa-jax search sparse_vdit"):
+        card, settings, options, states, negative = _recording(options, 2)
+        patterns, _ = vdit_search.search_patterns(
+            _load("search sparse_vdit", card),
+            list(options.prompts),
+            criterion=options.criterion,
+            block=options.block,
+            negative_prompt=options.negative_prompt,
+            states=None if states is None else list(states),
+            negative_states=negative,
+            progress=options.progress,
+            **dataclasses.asdict(settings),
+        )
+    patterns.save(options.out)
+    print(f"wrote {options.out}: {patterns.prompts} prompts, density {patterns.density:.3f}")
 
 
 def _search_paro(argv: list[str]) -> None:

@@ -42,7 +42,7 @@ class Criterion:
         density: share of the key blocks, in (0, 1]: the heads of least loss get their patterns,
             until the mean over all heads does not pass it or none is full; max_loss is not read
             then.
-        steps: shares of the run at which losses are taken; their mean counts, over prompts too.
+        at: shares of the run at which losses are taken; their mean counts, over prompts too.
 
     Raises:
         ValueError: a field is out of range.
@@ -53,7 +53,7 @@ class Criterion:
     weight: float = 0.5
     max_loss: float = 0.5
     density: float | None = None
-    steps: tuple[float, ...] = (0.25, 0.5, 0.75)
+    at: tuple[float, ...] = (0.25, 0.5, 0.75)
 
     def __post_init__(self):
         for name in ("width", "weight"):
@@ -64,10 +64,10 @@ class Criterion:
             check_density("density", self.density)
         if not math.isfinite(self.max_loss):
             raise ValueError(f"max_loss={self.max_loss!r} must be finite")
-        if not self.steps:
-            raise ValueError(f"steps={self.steps} must hold at least one share of the run")
-        for share in self.steps:
-            check_share("steps", share)
+        if not self.at:
+            raise ValueError(f"at={self.at} must hold at least one share of the run")
+        for share in self.at:
+            check_share("at", share)
 
 
 def choose_modes(
@@ -289,7 +289,7 @@ def search_patterns(
         raise ValueError(f"{seeds=} must be one for each of the {len(prompts)} prompts")
     chosen = pipeline.card.settings(**settings)
     block = pipeline.card.block(chosen) if block is None else block
-    shares = (round(share * (chosen.steps - 1)) for share in criterion.steps)
+    shares = (round(share * (chosen.steps - 1)) for share in criterion.at)
     options = {"negative_prompt": negative_prompt, "negative_states": negative_states}
     options |= {"progress": progress, **dataclasses.asdict(chosen)}
     runs = _Runs(pipeline, prompts, seeds, states, tuple(sorted(set(shares))), options)

@@ -123,7 +123,7 @@ class HeadPatterns:
         if self.key != key:
             raise ValueError(
                 f"the patterns were chosen for {self.key}, not for {key}: choose some for it "
-                "with `vdit_search.search_patterns`, or sample without patterns"
+                "with `pasa-jax search sparse_vdit`, or sample without patterns"
             )
 
     def save(self, path: str | os.PathLike) -> None:

@@ -266,7 +266,7 @@ def test_a_density_sets_the_largest_loss(density, modes):
 
 
 PROMPTS = ["blue and white waves moving left", "a red circle moving up on a green background"]
-CRITERION = search.Criterion(width=0.5, stripes=0.4, steps=(0.25, 0.75))
+CRITERION = search.Criterion(width=0.5, stripes=0.4, at=(0.25, 0.75))
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +373,7 @@ def test_patterns_run_and_are_refused_elsewhere(pipeline, searched):
         ({"stripes": 0.0}, r"stripes=0.0 must be in \(0, 1\]"),
         ({"density": 1.5}, r"density=1.5 must be in \(0, 1\]"),
         ({"max_loss": float("inf")}, "max_loss=inf must be finite"),
-        ({"steps": ()}, r"steps=\(\) must hold at least one share of the run"),
+        ({"at": ()}, r"at=\(\) must hold at least one share of the run"),
         ({"steps": (1.5,)}, r"steps=1.5 must be in \[0, 1\]"),
     ],
 )
