@@ -374,7 +374,7 @@ def test_patterns_run_and_are_refused_elsewhere(pipeline, searched):
         ({"density": 1.5}, r"density=1.5 must be in \(0, 1\]"),
         ({"max_loss": float("inf")}, "max_loss=inf must be finite"),
         ({"at": ()}, r"at=\(\) must hold at least one share of the run"),
-        ({"steps": (1.5,)}, r"steps=1.5 must be in \[0, 1\]"),
+        ({"at": (1.5,)}, r"at=1.5 must be in \[0, 1\]"),
     ],
 )
 def test_bad_criteria_are_refused(fields, message, untyped):
