@@ -57,8 +57,9 @@ def test_total_is_exact_and_bounds_hold(curve, density, num_blocks, dense_steps,
     assert (blocks[:dense_steps] == num_blocks).all()
     assert sparse.sum() == total
     # A bound gives way only as far as the total needs.
-    floor = min(max(1, np.ceil(low * num_blocks)), total // len(sparse))
-    ceiling = max(1, np.floor(high * num_blocks), -(-total // len(sparse)))
+    # Six decimals: 0.29 · 100 is 28.999999999999996 and means 29.
+    floor = min(max(1, np.ceil(round(low * num_blocks, 6))), total // len(sparse))
+    ceiling = max(1, np.floor(round(high * num_blocks, 6)), -(-total // len(sparse)))
     assert sparse.min() >= max(floor, 1)
     assert sparse.max() <= min(ceiling, num_blocks)
 
