@@ -3,6 +3,7 @@
 import functools
 import importlib
 import logging
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pasa_jax.pallas_kernels import xla
@@ -42,13 +44,27 @@ def check_qkv(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | N
         )
     if kv_length is None:
         return
-    if kv_length.shape != q.shape[:1] or not jnp.issubdtype(kv_length.dtype, jnp.integer):
-        raise ValueError(f"{kv_length=} must be integers [B], B = {q.shape[0]}")
+    shape, dtype = getattr(kv_length, "shape", None), getattr(kv_length, "dtype", None)
+    if shape != q.shape[:1] or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{kv_length=} must be integers in an array [B], B = {q.shape[0]}")
+
+
+def _valid_keys(kv_length: jax.Array | None, keys: int) -> jax.Array | None:
+    """kv_length as int32, cut to 0 and S: no kernel reads or writes beyond."""
+    return None if kv_length is None else jnp.clip(kv_length, 0, keys).astype(jnp.int32)
+
+
+def check_scale(scale: float | None) -> None:
+    """Raises ValueError unless the factor is None or a finite number known before compilation."""
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"{scale=} must be a finite Python number, or None")
 
 
 def check_positive(**sizes: int) -> None:
-    """Raises ValueError unless every size is at least 1."""
+    """Raises ValueError unless every size is a whole number from 1 on."""
     for name, size in sizes.items():
+        if not isinstance(size, (int, np.integer)):
+            raise ValueError(f"{name}={size} must be a whole number")
         if size < 1:
             raise ValueError(f"{name}={size} must be at least 1")
 
@@ -68,7 +84,8 @@ def check_lists(blocks: BlockIndex, key_blocks: int) -> None:
     """Looks into block lists, which the operations themselves never do: a check for debugging.
 
     Inside the operations lists are data: a count above L reads L entries, an id out of range reads
-    another key block or none, and nothing is read out of bounds.
+    another key block or none, and nothing is read out of bounds. With a tail an id that is out of
+    range or repeated may also leave other blocks out of it, or count them twice.
 
     Args:
         blocks: concrete lists, outside jit.
@@ -110,6 +127,8 @@ def check_tail(tail: BlockStatistics | None, order: int, shape: tuple[int, int, 
         raise ValueError(f"{order=} must be 0 or 1")
     if tail is None:
         return
+    if tail.group < 1:
+        raise ValueError(f"{tail.group=} must be at least 1 block")
     b, n, j, h = shape
     if tail.key_mean.shape != shape or tail.value_sum.shape != shape or tail.length.shape != (b, j):
         raise ValueError(
@@ -122,8 +141,6 @@ def check_tail(tail: BlockStatistics | None, order: int, shape: tuple[int, int, 
 
 def _cudnn_dense_attention(q, k, v, *, kv_length=None, scale=None, return_lse=False):
     """cuDNN's fused attention; everything it does not take goes to the next implementation."""
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"needs an NVIDIA GPU, the backend is {jax.default_backend()}")
     if return_lse:
         raise NotImplementedError("its log-sum-exp is rounded to q.dtype")
     try:
@@ -140,6 +157,41 @@ def _kernel(module: str, operation: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         kernels = importlib.import_module(f"pasa_jax.pallas_kernels.{module}")
         return getattr(kernels, operation)(*args, **kwargs)
+
+    return run
+
+
+def _with_gradient_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of statistics of k and v, differentiated as the jnp version `plain` of it."""
+
+    def run(k, v, *, kv_length=None, statistics=None, **sizes):
+        # Leaves, as the zero cotangents of integers fit no record.
+        extra, extra_tree = jax.tree.flatten(statistics)
+        trees = []
+
+        def flat(function, k, v, kv_length, extra):
+            told = {"statistics": jax.tree.unflatten(extra_tree, extra)} if extra else {}
+            leaves, tree = jax.tree.flatten(function(k, v, kv_length=kv_length, **told, **sizes))
+            trees.append(tree)
+            return leaves
+
+        @jax.custom_vjp
+        def call(*operands):
+            return flat(kernel, *operands)
+
+        def forward(*operands):
+            return call(*operands), operands
+
+        def backward(operands, cotangents):
+            k, v, kv_length, extra = operands
+            again = functools.partial(flat, plain)
+            _, pull = jax.vjp(lambda k, v, extra: again(k, v, kv_length, extra), k, v, extra)
+            dk, dv, dextra = pull(cotangents)
+            return dk, dv, None, dextra
+
+        call.defvjp(forward, backward)
+        leaves = call(k, v, kv_length, extra)
+        return jax.tree.unflatten(trees[0], leaves)
 
     return run
 
@@ -170,11 +222,15 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "xla": xla.block_sparse_attention,
     },
     "block_statistics": {
-        "triton": _kernel("triton_statistics", "block_statistics"),
+        "triton": _with_gradient_of(
+            xla.block_statistics, _kernel("triton_statistics", "block_statistics")
+        ),
         "xla": xla.block_statistics,
     },
     "block_covariance_norm": {
-        "triton": _kernel("triton_statistics", "block_covariance_norm"),
+        "triton": _with_gradient_of(
+            xla.block_covariance_norm, _kernel("triton_statistics", "block_covariance_norm")
+        ),
         "xla": xla.block_covariance_norm,
     },
     "block_mass": {"triton": _kernel("triton_mass", "block_mass"), "xla": xla.block_mass},
@@ -191,13 +247,30 @@ PREFERENCE = {
     "gpu": ("cudnn", "mosaic_gpu", "triton", "xla"),
     "tpu": ("splash", "mosaic_tpu", "xla"),
 }
+# The platform of an implementation; xla runs on any.
+PLATFORMS = {
+    "cudnn": "gpu",
+    "mosaic_gpu": "gpu",
+    "triton": "gpu",
+    "mosaic_tpu": "tpu",
+    "splash": "tpu",
+}
 # Compute capabilities from and to which a kernel is built.
 CAPABILITIES = {"mosaic_gpu": ((9, 0), (9, 0)), "triton": ((8, 0), (99, 0))}
 
 
-def _check_capability(name: str) -> None:
-    """Raises NotImplementedError where the GPU is not of the kernel's generation."""
-    if name not in CAPABILITIES:
+def _check_device(name: str) -> None:
+    """Raises NotImplementedError unless the device is of the kernel's platform and generation.
+
+    An abstract device, set to lower a program for a machine that is not here, tells its platform
+    alone.
+    """
+    absent = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if absent is None else absent.platform
+    platform = "gpu" if platform == "cuda" else platform
+    if PLATFORMS.get(name, platform) != platform:
+        raise NotImplementedError(f"runs on a {PLATFORMS[name]}, the backend is {platform}")
+    if name not in CAPABILITIES or absent is not None:
         return
     told = str(getattr(jax.devices()[0], "compute_capability", "none"))
     least, most = CAPABILITIES[name]
@@ -227,15 +300,15 @@ def _dispatch(operation: str, implementation: str | None, *args: Any, **kwargs: 
     if implementation is not None and implementation not in table:
         raise ValueError(f"{implementation=} must be one of {', '.join(table)}, or None")
     if implementation is not None:
-        # On any platform: a program may be lowered for one that is not here.
         try:
+            _check_device(implementation)
             return table[implementation](*args, **kwargs)
         except NotImplementedError as reason:
             raise NotImplementedError(f"{implementation}: {reason}") from reason
     reasons = []
     for name in _preferred(operation):
         try:
-            _check_capability(name)
+            _check_device(name)
             result = table[name](*args, **kwargs)
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
@@ -261,7 +334,7 @@ def availability(operation: str, *args: Any, **kwargs: Any) -> dict[str, str | N
     for name in _preferred(operation):
         run = functools.partial(IMPLEMENTATIONS[operation][name], *args, **kwargs)
         try:
-            _check_capability(name)
+            _check_device(name)
             jax.eval_shape(lambda run=run: jax.tree.leaves(run()))
             told[name] = None
         except NotImplementedError as reason:
@@ -346,8 +419,8 @@ def block_sparse_attention(
             kv_length); blocks not listed are then replaced by their Taylor expansion. None drops
             them and renormalises over the listed ones.
         order: order of that expansion, 0 or 1.
-        kv_length: valid keys of each batch row, from the start; None means all S.
-        scale: factor on q·k; None means H^-1/2.
+        kv_length: valid keys of each batch row, from the start, cut to 0 and S; None means all S.
+        scale: factor on q·k, static; None means H^-1/2.
         return_lse: also return the log-sum-exp.
         implementation: "mosaic_gpu", "triton", "mosaic_tpu" or "xla", whatever the platform; None
             picks the best that runs here.
@@ -369,7 +442,9 @@ def block_sparse_attention(
     tail's mass is rescaled with the running maximum, which PISA's released kernel leaves out.
     """
     check_qkv(q, k, v, kv_length)
+    kv_length = _valid_keys(kv_length, k.shape[1])
     check_positive(block_q=block_q, block_kv=block_kv)
+    check_scale(scale)
     b, t, n, h = q.shape
     check_blocks(blocks, (b, n, num_blocks(t, block_q)))
     check_tail(tail, order, (b, n, num_blocks(k.shape[1], block_kv), h))
@@ -397,7 +472,7 @@ def block_statistics(
         k, v: keys after rotation, and values.
         block_kv: tokens per key block.
         group: blocks per group; the number of key blocks or more means one group.
-        kv_length: valid keys of each batch row, from the start; None means all S.
+        kv_length: valid keys of each batch row, from the start, cut to 0 and S; None means all S.
         implementation: "triton" or "xla"; None picks the best that runs here.
 
     Returns:
@@ -410,6 +485,7 @@ def block_statistics(
     Source: PISA (arXiv:2602.01077) with one group; PASA (arXiv:2604.12219) with groups of 32.
     """
     check_qkv(k, k, v, kv_length)
+    kv_length = _valid_keys(kv_length, k.shape[1])
     check_positive(block_kv=block_kv, group=group)
     return _dispatch(
         "block_statistics",
@@ -442,7 +518,7 @@ def block_covariance_norm(
         k, v: keys after rotation, and values.
         block_kv: tokens per key block.
         group: blocks per mean; the number of key blocks or more means one mean for all.
-        kv_length: valid keys of each batch row, from the start; None means all S.
+        kv_length: valid keys of each batch row, from the start, cut to 0 and S; None means all S.
         statistics: `block_statistics` of the same operands, which spares a pass; its group is
             `group`, or any where `group` spans all blocks.
         implementation: "triton" or "xla"; None picks the best that runs here.
@@ -456,6 +532,7 @@ def block_covariance_norm(
     Source: PISA (arXiv:2602.01077), covariance-aware routing.
     """
     check_qkv(k, k, v, kv_length)
+    kv_length = _valid_keys(kv_length, k.shape[1])
     check_positive(block_kv=block_kv, group=group)
     blocks = num_blocks(k.shape[1], block_kv)
     check_tail(statistics, 1, (k.shape[0], k.shape[2], blocks, k.shape[3]))
@@ -493,13 +570,13 @@ def block_mass(
             earlier step; a stale one weighs queries, never keys within a query. -inf gives no mass.
         block_q, block_kv: tokens per query block and per key block.
         top: key blocks kept of each query block, from 1 to all J.
-        kv_length: valid keys of each batch row, from the start; None means all S.
-        scale: factor on q·k; None means H^-1/2.
+        kv_length: valid keys of each batch row, from the start, cut to 0 and S; None means all S.
+        scale: factor on q·k, static; None means H^-1/2.
         implementation: "triton" or "xla"; None picks the best that runs here.
 
     Returns:
-        The heaviest key blocks with their masses, and the total. Sums run in float32 (float64 for
-        float64 input); no array of all query by all key blocks is held.
+        The heaviest key blocks with their masses, and the total; no gradient passes. Sums run in
+        float32 (float64 for float64 input); no array of all query by all key blocks is held.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or a size is out of range.
@@ -507,7 +584,10 @@ def block_mass(
     Source: AdaSpa (arXiv:2502.21079), fused search and its refresh from a cached log-sum-exp.
     """
     check_qkv(q, k, k, kv_length)
+    kv_length = _valid_keys(kv_length, k.shape[1])
     check_positive(block_q=block_q, block_kv=block_kv, top=top)
+    check_scale(scale)
+    q, k, lse = (lax.stop_gradient(x) for x in (q, k, lse))
     check_lse(lse, q.shape[:3])
     blocks = num_blocks(k.shape[1], block_kv)
     if top > blocks:
@@ -540,8 +620,8 @@ def dense_attention(
 
     Args:
         q, k, v: projected tokens after rotation, all of one dtype.
-        kv_length: valid keys of each batch row, from the start; None means all S.
-        scale: factor on q·k; None means H^-1/2.
+        kv_length: valid keys of each batch row, from the start, cut to 0 and S; None means all S.
+        scale: factor on q·k, static; None means H^-1/2.
         return_lse: also return the log-sum-exp.
         implementation: "cudnn", "splash" or "xla"; "mosaic_gpu" and "triton" with return_lse, which
             cuDNN rounds; None picks the best that runs here.
@@ -557,6 +637,8 @@ def dense_attention(
         NotImplementedError: the implementation asked for does not run on this backend.
     """
     check_qkv(q, k, v, kv_length)
+    kv_length = _valid_keys(kv_length, k.shape[1])
+    check_scale(scale)
     return _dispatch(
         "dense_attention",
         implementation,

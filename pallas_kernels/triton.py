@@ -226,7 +226,7 @@ def _skipped(blocks: BlockIndex, length: Int[Array, "B J"]) -> Array:
     b, n, i, slots = blocks.ids.shape
     columns = length.shape[1]
     live = jnp.arange(slots, dtype=jnp.int32)[None, None, None, :] < blocks.count[..., None]
-    column = jnp.where(live, blocks.ids, columns).reshape(-1, slots)
+    column = jnp.where(live, jnp.clip(blocks.ids, 0, columns - 1), columns).reshape(-1, slots)
     row = jnp.broadcast_to(jnp.arange(b * n * i, dtype=jnp.int32)[:, None], column.shape)
     listed = jnp.zeros((b * n * i, columns), jnp.bool_).at[row, column].set(True, mode="drop")
     return listed.reshape(b, n, i, columns) | (length == 0)[:, None, None, :]

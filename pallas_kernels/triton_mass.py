@@ -174,7 +174,7 @@ def _block_mass(
     b, t, n, _ = q.shape
     c = _config(q, k, block_q, block_kv, scale, interpret)
     end = jnp.full((b,), c.s, jnp.int32) if kv_length is None else kv_length.astype(jnp.int32)
-    end, lse = jnp.minimum(end, c.s), lse.astype(jnp.float32)
+    end, lse = jnp.clip(end, 0, c.s), lse.astype(jnp.float32)
     # A step of the map takes so many pieces, each a tile or the tiles of one query block.
     split = block_q // c.part
     pieces = b * n * c.tiles // split

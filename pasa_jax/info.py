@@ -171,11 +171,13 @@ def _calls(setting: Setting) -> list[tuple[str, tuple, dict[str, Any]]]:
     grouped = {"block_kv": s.block_kv, "group": 32}
     tail = api.block_statistics(*qkv[1:], **grouped)
     sizes = {"block_q": s.block_q, "block_kv": s.block_kv}
+    lse = jnp.zeros(qkv[0].shape[:3], jnp.float32)
     return [
         ("dense_attention", qkv, {}),
         ("block_sparse_attention", (*qkv, blocks), {**sizes, "tail": tail}),
         ("block_statistics", qkv[1:], grouped),
         ("block_covariance_norm", qkv[1:], grouped),
+        ("block_mass", (*qkv[:2], lse), {**sizes, "top": s.slots}),
     ]
 
 

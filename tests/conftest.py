@@ -4,11 +4,23 @@ import importlib
 import os
 import sys
 
+# Before JAX starts: more threads of its pool wait in the simulation of a GPU than two cores have.
+os.environ.setdefault("NPROC", "16")
+
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # no silent promotion of types or ranks
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def untyped():
+    """Turns the run's type checks off, so that a wrong value meets our own message."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def need(name):

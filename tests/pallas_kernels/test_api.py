@@ -1,5 +1,6 @@
 """The checks of the public operations, and how an implementation is chosen."""
 
+import dataclasses
 import types
 
 import jax
@@ -11,6 +12,8 @@ from pasa_jax.pallas_kernels import BlockIndex, BlockStatistics, api
 X = jnp.zeros((2, 12, 3, 4))
 IDS = jnp.zeros((2, 3, 3, 2), jnp.int32)
 COUNT = jnp.zeros((2, 3, 3), jnp.int32)
+BLOCKS = BlockIndex(IDS, COUNT)
+SIZES = {"block_q": 4, "block_kv": 4}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,7 @@ def test_all_reasons_are_reported(monkeypatch):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "dense_attention", table)
     monkeypatch.setitem(api.PREFERENCE, "cpu", ("mosaic_gpu", "triton", "xla"))
     monkeypatch.setattr(api, "CAPABILITIES", {})
+    monkeypatch.setattr(api, "PLATFORMS", {})
     with pytest.raises(NotImplementedError, match="triton: no Ampere; xla: no luck"):
         api.dense_attention(X, X, X)
 
@@ -137,6 +141,7 @@ def test_the_next_implementation_runs(monkeypatch):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "dense_attention", table)
     monkeypatch.setitem(api.PREFERENCE, "cpu", ("triton", "xla"))
     monkeypatch.setattr(api, "CAPABILITIES", {})
+    monkeypatch.setattr(api, "PLATFORMS", {})
     assert (api.dense_attention(X, X, X) == 1).all()
 
 
@@ -172,12 +177,12 @@ def test_availability_computes_nothing_and_tells_reasons(monkeypatch):
     jax.eval_shape(lambda: told())
     monkeypatch.setitem(api.PREFERENCE, "cpu", ("cudnn", "xla"))
     jax.eval_shape(lambda: told())
-    refused = {"cudnn": "needs an NVIDIA GPU, the backend is cpu", "xla": None}
+    refused = {"cudnn": "runs on a gpu, the backend is cpu", "xla": None}
     assert result == [{"xla": None}, refused]
 
 
 def test_cudnn_refuses_what_it_cannot_do(monkeypatch):
-    with pytest.raises(NotImplementedError, match="cudnn: needs an NVIDIA GPU, the backend is cpu"):
+    with pytest.raises(NotImplementedError, match="cudnn: runs on a gpu, the backend is cpu"):
         api.dense_attention(X, X, X, implementation="cudnn")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(NotImplementedError, match="log-sum-exp is rounded"):
@@ -185,3 +190,41 @@ def test_cudnn_refuses_what_it_cannot_do(monkeypatch):
     # Without a GPU jax itself refuses, as it does there for float32.
     with pytest.raises(NotImplementedError, match="cudnn: ."):
         api.dense_attention(X, X, X, implementation="cudnn")
+
+
+@pytest.mark.parametrize("name", ["triton", "mosaic_gpu", "mosaic_tpu"])
+def test_a_forced_kernel_of_another_platform_is_refused(name):
+    where = "tpu" if name == "mosaic_tpu" else "gpu"
+    with pytest.raises(NotImplementedError, match=f"{name}: runs on a {where}, the backend is cpu"):
+        api.block_sparse_attention(X, X, X, BLOCKS, **SIZES, implementation=name)
+
+
+@pytest.mark.parametrize("length", [-9, 0, 6, 99])
+def test_lengths_beyond_the_ends_are_cut(length):
+    q = jax.random.normal(jax.random.key(0), (1, 12, 1, 8))
+    told, cut = (jnp.asarray([x], jnp.int32) for x in (length, max(0, min(length, 12))))
+    for one, other in zip(
+        api.dense_attention(q, q, q, kv_length=told, return_lse=True),
+        api.dense_attention(q, q, q, kv_length=cut, return_lse=True),
+        strict=True,
+    ):
+        assert (one == other).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_length": [12]}, r"kv_length=\[12\] must be integers in an array"),
+        ({"scale": float("nan")}, "scale=nan must be a finite Python number"),
+        ({"block_q": 4.0}, "block_q=4.0 must be a whole number"),
+    ],
+)
+def test_more_bad_input_is_one_line(change, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        api.block_sparse_attention(X, X, X, BLOCKS, **(SIZES | change))
+
+
+def test_a_tail_without_groups_is_refused():
+    tail = dataclasses.replace(api.block_statistics(X, X, block_kv=4, group=2), group=0)
+    with pytest.raises(ValueError, match="tail.group=0 must be at least 1 block"):
+        api.block_sparse_attention(X, X, X, BLOCKS, **SIZES, tail=tail)

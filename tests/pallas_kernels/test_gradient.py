@@ -81,3 +81,42 @@ def test_keeps_no_scores_of_all_tokens():
     # Linear: four times the tokens take about four times the bytes, and not sixteen.
     assert gradient(16384) < 6 * gradient(4096)
     assert gradient(16384) < 16384 * 16384
+
+
+@pytest.mark.parametrize("operation", ["block_statistics", "block_covariance_norm"])
+def test_a_kernel_of_statistics_has_the_plain_version_s_gradient(problem, operation):
+    _, k, v, _ = problem(21, 29, 4, 8, 4, h=4, n=2, dtype=jnp.float32)
+    plain = api.IMPLEMENTATIONS[operation]["xla"]
+
+    def opaque(k, v, **options):  # as a pallas_call, it has no gradient of its own
+        return jax.lax.stop_gradient(plain(k, v, **options))
+
+    kernel = api._with_gradient_of(plain, opaque)
+    kw = dict(block_kv=8, group=2, kv_length=jnp.asarray([29, 11], jnp.int32))
+    if operation == "block_covariance_norm":
+        kw["statistics"] = api.IMPLEMENTATIONS["block_statistics"]["xla"](k, v, **kw)
+
+    def total(run, k, v):
+        leaves = jax.tree.leaves(run(k, v, **kw))
+        return sum((x**2).sum() for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
+
+    for ours, want in zip(
+        *(
+            jax.jit(jax.grad(functools.partial(total, run), (0, 1)))(k, v)
+            for run in (kernel, plain)
+        ),
+        strict=True,
+    ):
+        # The same float32 program but for what XLA fuses into it.
+        np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-4)
+        assert float(jnp.abs(want).max()) > 0.01
+
+
+def test_no_gradient_passes_the_masses(problem):
+    q, k, _, _ = problem(21, 29, 4, 8, 4, h=4, n=2, dtype=jnp.float32)
+    lse = jnp.zeros(q.shape[:3], jnp.float32)
+
+    def total(q):
+        return api.block_mass(q, k, lse, block_q=4, block_kv=8, top=2).mass.sum()
+
+    assert (jax.grad(total)(q) == 0).all()

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -371,14 +370,6 @@ def test_a_run_searches_twice_and_leaves_no_trace():
     assert np.flatnonzero(changed[:, 1]).tolist() == [2, 6]  # the lists
     run(2)
     np.testing.assert_array_equal(run(1)[0], first)
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize(

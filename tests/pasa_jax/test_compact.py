@@ -7,7 +7,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -23,14 +22,6 @@ GRID = TokenGrid(3, 6, 8)
 TILE, TILES, BLOCK = (1, 2, 2), (3, 3, 4), 4
 LAYERS, STEPS, FIRST, REUSE = 2, 10, 3, 4  # buckets of steps 3-6 and 7-9
 KEY = CurveKey("tiny", GRID, STEPS, "unipc", 3.0, 4.0)
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def random_window(rng, near):

@@ -6,7 +6,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -22,14 +21,6 @@ from pasa_jax.policies.compact import group_index, near_group, tile_mask, visibl
 WAN = (7, 6, 10)  # tiles of the published grid
 EXACT = Criterion(min_recall=0.999, max_cost=1e-9)
 EMPTY = (-1, -1, -1, -1)
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def offsets(tiles):
@@ -465,8 +456,8 @@ def test_the_command_searches_and_generate_uses_it(tiny_folder, tmp_path, monkey
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["search"], "'' must be compact"),
-        (["search", "svg"], "'svg' must be compact"),
+        (["search"], "'' must be one of compact, paro"),
+        (["search", "svg"], "'svg' must be one of compact, paro"),
         (["search", "compact", "--min-recall", "2"], "min_recall=2.0 must be in [0, 1]"),
         (["search", "compact", "--dense-prefix", "1"], "must leave one of the 7 steps"),
         (["search", "compact", "--tile", "3", "2", "2"], "tile=(3, 2, 2) must divide the grid"),

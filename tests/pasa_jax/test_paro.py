@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -23,14 +22,6 @@ B, N, H, BLOCK = 2, 3, 8, 8
 GRID = TokenGrid(3, 4, 7, text=10)  # 84 tokens: block 10 holds video and text, 11 text alone
 KEY = CurveKey("tiny", GRID, 10, "unipc", 1.0, 1.0)
 ORDERS = ((0, 3, 5), (4, 1, 2))
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def random_masks(seed=0, *, full=False, **fields):

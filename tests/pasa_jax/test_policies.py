@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -26,14 +25,6 @@ from pasa_jax.policies import (
 )
 
 B, T, N, H, BLOCK = 2, 90, 3, 8, 8  # 12 blocks, the last of 2 tokens
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def qkv(seed=0, dtype=jnp.float32):

@@ -7,7 +7,6 @@ import tracemalloc
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -17,14 +16,6 @@ from pasa_jax.policies import Context
 from pasa_jax.policies.radial import Radial
 
 B, N, H, BLOCK = 2, 2, 8, 8
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def small(block_q=BLOCK, block_kv=BLOCK, **fields):

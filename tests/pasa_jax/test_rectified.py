@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -28,14 +27,6 @@ VALID = (108, 99)  # of prompt 1 block 12 holds 3 tokens, and block 13 none
 # 3 blocks of 12 by weight.
 POLICY = Rectified(block_q=BLOCK, block_kv=BLOCK, dense_layers=(), p_remain=0.4)
 ALONE = dataclasses.replace(POLICY, neighbours=False)
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def qkv(grid, own=1.0, seed=0):

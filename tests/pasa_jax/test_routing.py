@@ -6,7 +6,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -32,14 +31,6 @@ def full(batch=B, columns=J):
 def keys(prompts=B, step=3, layer=1, seed=0):
     base = jax.vmap(jax.random.key)(jnp.arange(seed, seed + prompts))
     return routing.call_keys(base, jnp.int32(step), jnp.int32(layer))
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 compiled = jax.jit(routing.select_blocks, static_argnames=("max_budget", "noise", "scale"))

@@ -10,7 +10,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -27,14 +26,6 @@ TEXT = dataclasses.replace(VIDEO, text=10)  # behind them two blocks, the last o
 VALID = (202, 195)  # of prompt 1 the last block holds none
 HUNYUAN = TokenGrid(30, 48, 80)
 WAN = TokenGrid(18, 48, 80)
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def small(**fields):

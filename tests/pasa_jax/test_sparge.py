@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -18,14 +17,6 @@ B, N, H, BLOCK_Q, BLOCK_KV = 2, 3, 8, 16, 8
 GRID = TokenGrid(3, 5, 8, text=11)  # 8 query blocks, and 17 key blocks, the last two of them text's
 TOKENS = GRID.num_tokens + GRID.text
 LENGTH = jnp.asarray([TOKENS, 124], jnp.int32)  # prompt 1's last block is padding
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def make(**fields):

@@ -6,7 +6,6 @@ import json
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.experimental import io_callback
@@ -25,14 +24,6 @@ RAGGED = TokenGrid(3, 5, 7, text=11)  # the last of 14 query blocks and key bloc
 KEY = CurveKey("tiny", RAGGED, 10, "unipc", 3.0, 4.0)
 # Layer 0 has a head of each mode, layer 1 others.
 MODES = np.array([[0, 1, 2, 3, 4], [4, 3, 1, 2, 2]], np.int8)
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def make_patterns(modes=MODES):

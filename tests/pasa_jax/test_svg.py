@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -22,14 +21,6 @@ from pasa_jax.policies.svg import Svg, _kinds
 B, H, BLOCK = 2, 16, 8
 VIDEO = TokenGrid(6, 4, 6)  # 144 tokens, 18 blocks, 3 a frame
 RAGGED = TokenGrid(5, 3, 5, text=12)  # 75 + 12 tokens: frames end inside blocks, as video does
-
-
-@pytest.fixture
-def untyped():
-    """Turns the run's type checks off, so that a wrong value meets our own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def small(block_q=BLOCK, block_kv=BLOCK, **fields):
