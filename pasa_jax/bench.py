@@ -214,7 +214,7 @@ def _print_table(rows: list[Row]) -> None:
         share = "" if row.tflops is None else f"{100 * row.tflops / rows[0].tflops:.0f} %"
         resident = "" if row.resident_mib is None else f"{row.resident_mib:.1f}"
         print(
-            f"{row.name:32}{row.seconds:9.4g}{row.fastest:9.4g}{row.slowest:9.4g}"
+            f"{row.name:32}{row.seconds:9.3g}{row.fastest:9.3g}{row.slowest:9.3g}"
             f"{speedup:>9}{rate:>9}{share:>9}{row.temporary_mib:9.1f}{resident:>9}"
         )
 
@@ -247,12 +247,13 @@ def break_even(densities: list[float], seconds: list[float], dense: float) -> fl
         dense: seconds of dense attention.
 
     Returns:
-        The density; None where there is no line, or one that does not rise.
+        The density; 0 where sparse attention is slower at every density, 1 where it is faster at
+        every one. None where there is no line, or one that does not rise.
     """
     if len(set(densities)) < 2:
         return None
     slope, start = np.polyfit(densities, seconds, 1)
-    return float((dense - start) / slope) if slope > 0 else None
+    return float(np.clip((dense - start) / slope, 0, 1)) if slope > 0 else None
 
 
 def _break_evens(runs: list[tuple[Setting, list[Row]]]) -> list[dict[str, Any]]:
@@ -267,6 +268,20 @@ def _break_evens(runs: list[tuple[Setting, list[Row]]]) -> list[dict[str, Any]]:
             if density is not None:
                 found.append({"tokens": tokens, "method": name, "density": density})
     return found
+
+
+def _break_even_told(density: float) -> str:
+    if density in (0, 1):
+        return f"{'faster' if density else 'slower'} than dense at every density"
+    return f"as slow as dense at {density:.2f}"
+
+
+def _write(target: Path, result: dict[str, Any]) -> None:
+    """The result, and its plot beside it."""
+    with atomic(target) as temporary:
+        Path(temporary).write_text(json.dumps(result, indent=2) + "\n")
+    with atomic(target.with_suffix(".png")) as temporary:
+        _plot(temporary, result)
 
 
 def _plot(target: Path, result: dict[str, Any]) -> None:
@@ -352,15 +367,12 @@ def bench_attention(
         run = {"setting": dataclasses.asdict(setting), "kernel": sparse_kernel(setting)}
         run["rows"] = [*map(dataclasses.asdict, rows)]
         result["runs"].append(run)
+        result["break_even"] = _break_evens(runs)
+        if target is not None:  # after every setting: an interruption loses none that is done
+            _write(target, result)
     print(LEGEND)
-    result["break_even"] = _break_evens(runs)
     for at in result["break_even"]:
-        print(f"{at['method']} at {at['tokens']} tokens: as slow as dense at {at['density']:.2f}")
-    if target is not None:
-        with atomic(target) as temporary:
-            Path(temporary).write_text(json.dumps(result, indent=2) + "\n")
-        with atomic(target.with_suffix(".png")) as temporary:
-            _plot(temporary, result)
+        print(f"{at['method']} at {at['tokens']} tokens: {_break_even_told(at['density'])}")
     return result
 
 

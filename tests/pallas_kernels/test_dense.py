@@ -75,7 +75,7 @@ def test_a_gpu_lists_every_block_for_the_log_sum_exp(monkeypatch, problem):
     """cuDNN rounds it; the kernel that would run is stood in for by XLA's."""
     table = api.IMPLEMENTATIONS["block_sparse_attention"]
     monkeypatch.setitem(table, "triton", table["xla"])
-    monkeypatch.setattr(api, "PLATFORMS", {})
+    monkeypatch.setattr(api, "_check_device", lambda name: None)
     q, k, v, _ = problem(300, 210, 8, 8, 1, dtype="float32")
     length = jnp.asarray([210, 70], jnp.int32)
     call = dict(kv_length=length, return_lse=True)

@@ -73,4 +73,9 @@ def test_a_model_s_shape_by_name(monkeypatch):
 def test_break_even_density():
     assert bench.break_even([0.1, 0.3], [2.0, 4.0], 9.0) == pytest.approx(0.8)
     assert bench.break_even([0.1, 0.1], [2.0, 4.0], 9.0) is None
+    # Beyond the ends there is no such density.
+    assert bench.break_even([0.1, 0.3], [2.0, 4.0], 0.5) == 0
+    assert bench.break_even([0.1, 0.3], [2.0, 4.0], 99.0) == 1
+    told = [bench._break_even_told(x) for x in (0.0, 0.4, 1.0)]
+    assert [x.split(" than")[0] for x in told] == ["slower", "as slow as dense at 0.40", "faster"]
     assert bench.break_even([0.1, 0.3], [4.0, 2.0], 9.0) is None
