@@ -244,17 +244,18 @@ def test_info_names_what_runs(capsys):
     assert main(["info", "--head-dim", "96"]) == 0
     told = capsys.readouterr().out
     assert "(cpu)" in told and "head_dim=96" in told
-    assert told.count("  xla         runs") == 4
+    assert told.count("  xla         runs") == 5
 
 
 def test_info_shows_reasons(monkeypatch, capsys):
     from pasa_jax.pallas_kernels import api
 
     monkeypatch.setitem(api.PREFERENCE, "cpu", ("cudnn", "triton", "xla"))
+    monkeypatch.setattr(api, "PLATFORMS", {"cudnn": "gpu"})
     monkeypatch.setattr(api, "CAPABILITIES", {})
     assert main(["info", "--block-kv", "7"]) == 0
     told = capsys.readouterr().out
-    assert "  cudnn       refused: needs an NVIDIA GPU, the backend is cpu" in told
+    assert "  cudnn       refused: runs on a gpu, the backend is cpu" in told
     assert "  triton      refused: block_kv=7 must be a multiple of 16" in told
 
 
