@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 
 from pasa_jax.budget import step_lengths
 from pasa_jax.grid import TokenGrid
+from pasa_jax.video import atomic
 
 _MAX_BYTES = 1 << 20  # a curve of 10,000 steps is below it
 _MAX_STEPS = 10_000
@@ -139,14 +141,7 @@ class VelocityCurve:
             ValueError: the file is not a velocity curve; the message says what is wrong.
             OSError: the file cannot be read.
         """
-        try:
-            with open(path, "rb") as file:
-                data = file.read(_MAX_BYTES + 1)
-            if len(data) > _MAX_BYTES:
-                raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-            return _from_json(json.loads(data))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a velocity curve: {error}") from error
+        return read_json(path, _MAX_BYTES, _from_json, "is not a velocity curve")
 
     def plot(self, path: str | os.PathLike) -> None:
         """Draws ℓ_t with its spread over prompts, and the speed; the suffix chooses the format."""
@@ -176,6 +171,30 @@ def _from_json(record: Any) -> VelocityCurve:
         json_typed("prompts", fields["prompts"], int),
         *(_numbers(name, fields[name]) for name in ("mean", "std", "speed")),
     )
+
+
+def read_json(path: str | os.PathLike, most: int, parse: Callable[[Any], Any], wrong: str) -> Any:
+    """What `parse` makes of a JSON file of at most `most` bytes.
+
+    Raises:
+        ValueError: a larger file, no JSON, or what `parse` refuses; `wrong` says what it is not.
+        OSError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"it has more than {most} bytes")
+        return parse(json.loads(data))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)!r} {wrong}: {error}") from error
+
+
+def write_json(path: str | os.PathLike, record: dict[str, Any]) -> None:
+    """Writes JSON without spaces, beside the target first, so that no reader sees half a file."""
+    with atomic(path) as temporary:
+        text = json.dumps(record, separators=(",", ":"))
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def json_key(record: Any) -> CurveKey:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -15,7 +14,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pasa_jax import routing
-from pasa_jax.calibration import CurveKey, json_fields, json_key, json_number, json_typed
+from pasa_jax.calibration import (
+    CurveKey,
+    json_fields,
+    json_key,
+    json_number,
+    json_typed,
+    read_json,
+    write_json,
+)
 from pasa_jax.grid import TokenGrid, tile_of, tile_order
 from pasa_jax.pallas_kernels.blocks import BlockIndex, block_lengths
 from pasa_jax.policies.base import (
@@ -26,7 +33,6 @@ from pasa_jax.policies.base import (
     check_density,
     dense_prefix_steps,
 )
-from pasa_jax.video import atomic
 
 EMPTY = (-1, -1, -1, -1)
 _MAX_TILES = 128  # along an axis: half-extents are int8
@@ -134,9 +140,7 @@ class CompactMasks:
         record = dataclasses.asdict(self)
         del record["shape"]
         record["windows"] = self.table.tolist()
-        with atomic(path) as temporary:
-            text = json.dumps({"format": _FORMAT, **record}, separators=(",", ":"))
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(path, {"format": _FORMAT, **record})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CompactMasks":
@@ -146,14 +150,7 @@ class CompactMasks:
             ValueError: the file does not hold masks; the message says what is wrong.
             OSError: the file cannot be read.
         """
-        try:
-            with open(path, "rb") as file:
-                data = file.read(_MAX_BYTES + 1)
-            if len(data) > _MAX_BYTES:
-                raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-            return _from_json(json.loads(data))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)!r} does not hold masks: {error}") from error
+        return read_json(path, _MAX_BYTES, _from_json, "does not hold masks")
 
 
 def _from_json(record: Any) -> CompactMasks:

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from pasa_jax import routing
-from pasa_jax.calibration import CurveKey, json_fields, json_key, json_number, json_typed
+from pasa_jax.calibration import (
+    CurveKey,
+    json_fields,
+    json_key,
+    json_number,
+    json_typed,
+    read_json,
+    write_json,
+)
 from pasa_jax.grid import TokenGrid, axis_order
 from pasa_jax.pallas_kernels.blocks import BlockIndex, block_lengths, num_blocks
 from pasa_jax.policies.base import (
@@ -27,7 +34,6 @@ from pasa_jax.policies.base import (
     dense_prefix_steps,
     density_blocks,
 )
-from pasa_jax.video import atomic
 
 # Axes from slowest to fastest: 0 frames, 1 rows, 2 columns.
 AXES = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
@@ -122,9 +128,7 @@ class ParoMasks:
         """Writes JSON, beside the target first, so that no reader sees half a file."""
         record = dataclasses.asdict(self)
         record["bits"] = base64.b64encode(self.bits).decode()
-        with atomic(path) as temporary:
-            text = json.dumps({"format": _FORMAT, **record}, separators=(",", ":"))
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(path, {"format": _FORMAT, **record})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ParoMasks":
@@ -134,14 +138,7 @@ class ParoMasks:
             ValueError: the file does not hold such masks; the message says what is wrong.
             OSError: the file cannot be read.
         """
-        try:
-            with open(path, "rb") as file:
-                data = file.read(_MAX_BYTES + 1)
-            if len(data) > _MAX_BYTES:
-                raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-            return _from_json(json.loads(data))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)!r} does not hold PARO masks: {error}") from error
+        return read_json(path, _MAX_BYTES, _from_json, "does not hold PARO masks")
 
 
 def _from_json(record: Any) -> ParoMasks:

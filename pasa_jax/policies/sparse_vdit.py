@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pasa_jax.calibration import CurveKey, json_fields, json_key, json_number, json_typed
+from pasa_jax.calibration import (
+    CurveKey,
+    json_fields,
+    json_key,
+    json_number,
+    json_typed,
+    read_json,
+    write_json,
+)
 from pasa_jax.grid import TokenGrid, axis_order
 from pasa_jax.pallas_kernels.blocks import BlockIndex, block_lengths
 from pasa_jax.policies.base import (
@@ -26,7 +33,6 @@ from pasa_jax.policies.base import (
 )
 from pasa_jax.policies.sliding_tile import StaticLists, static_lists, static_plan
 from pasa_jax.routing import listed_blocks
-from pasa_jax.video import atomic
 
 FULL, SKIP, DIAGONAL, MULTI_DIAGONAL, STRIPES = range(5)
 _MAX_BYTES = 1 << 25  # the stripes of Wan 14B at 720p, all heads striped, are two megabytes
@@ -134,9 +140,7 @@ class HeadPatterns:
         record["columns"] = [
             [np.flatnonzero(head).tolist() for head in layer] for layer in self.stripes
         ]
-        with atomic(path) as temporary:
-            text = json.dumps({"format": _FORMAT, **record}, separators=(",", ":"))
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(path, {"format": _FORMAT, **record})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HeadPatterns":
@@ -146,14 +150,7 @@ class HeadPatterns:
             ValueError: the file does not hold patterns; the message says what is wrong.
             OSError: the file cannot be read.
         """
-        try:
-            with open(path, "rb") as file:
-                data = file.read(_MAX_BYTES + 1)
-            if len(data) > _MAX_BYTES:
-                raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-            return _from_json(json.loads(data))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)!r} does not hold patterns: {error}") from error
+        return read_json(path, _MAX_BYTES, _from_json, "does not hold patterns")
 
 
 def _from_json(record: Any) -> HeadPatterns:
