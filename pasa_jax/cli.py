@@ -292,12 +292,8 @@ def _job(options: Any, policy_class: type) -> Job:
 
     policy_options = getattr(options, policy_class.__name__.lower())
     block_q, block_kv = options.block_q, options.block_kv
-    parameters = vars(policy_options)
-    if parameters.get("masks") is not None:
-        masks = _masks(policy_class, parameters["masks"])
-        parameters = {**parameters, "masks": masks}
-        own = math.prod(masks.tile) if hasattr(masks, "tile") else masks.block
-        block_q = own if block_q is None else block_q
+    parameters, own = _with_masks(policy_class, vars(policy_options))
+    block_q = own if block_q is None else block_q
     # Before the card: a bad density is told even where there is no such model.
     policy_class(**{**parameters, "masks": None} if "masks" in parameters else parameters)
     card = read_card(options.model)
@@ -328,17 +324,21 @@ def _with_policy(base: type, argv: list[str]) -> tuple[type, type]:
 
     named = re.search(r"(?:^|\0)--policy[=\0]([^\0]*)", "\0".join(argv))
     policy = type(make_policy(named[1] if named else base.policy))
-    # Searched masks come from a file.
+    # The blocks' default is the card's.
+    own = _policy_options(policy, without=("block_q", "block_kv"))
+    return _nested(base, policy.__name__.lower(), own), policy
+
+
+def _policy_options(policy: type, without: tuple[str, ...] = ()) -> type:
+    """The policy's fields as options; searched masks come from a file."""
     types = {"masks": Annotated[Path | None, _of("FILE")]}
     fields = [
         (field.name, types.get(field.name, field.type), dataclasses.field(default=field.default))
         for field in dataclasses.fields(policy)
-        if field.name not in ("block_q", "block_kv")  # their default is the card's
+        if field.name not in without
     ]
-    name = policy.__name__.lower()
     doc = {"__doc__": policy.__doc__}
-    own = dataclasses.make_dataclass(policy.__name__, fields, namespace=doc, frozen=True)
-    return _nested(base, name, own), policy
+    return dataclasses.make_dataclass(policy.__name__, fields, namespace=doc, frozen=True)
 
 
 def _nested(base: type, name: str, own: type) -> type:
@@ -421,10 +421,14 @@ def _curve(path: Path) -> Any:
     return _read("curve", VelocityCurve, path)
 
 
-def _masks(policy_class: type, path: Path) -> Any:
-    """Masks of the policy's own kind."""
-    types = {field.name: field.type for field in dataclasses.fields(policy_class)}
-    return _read("masks", typing.get_args(types["masks"])[0], path)
+def _with_masks(policy: type, parameters: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """The policy's parameters with masks read from their file, and the masks' tokens a block."""
+    if parameters.get("masks") is None:
+        return parameters, None
+    types = {field.name: field.type for field in dataclasses.fields(policy)}
+    masks = _read("masks", typing.get_args(types["masks"])[0], parameters["masks"])
+    block = math.prod(masks.tile) if hasattr(masks, "tile") else masks.block
+    return {**parameters, "masks": masks}, block
 
 
 def _read(name: str, kind: Any, path: Path) -> Any:
@@ -650,7 +654,8 @@ def _recording(options: Any, number: int) -> tuple[Any, Any, Any, Any, Any]:
     if card.complete and not options.prompts:
         from pasa_jax.models.tiny.check import prompts
 
-        options = dataclasses.replace(options, prompts=tuple(prompts(number)))
+        # Others than those of seed 0, which `compare` and `check` make.
+        options = dataclasses.replace(options, prompts=tuple(prompts(number, seed=1)))
     check_target(options.out, (".json",))
     return card, settings, options, *_texts(options, card, settings)
 
@@ -827,7 +832,8 @@ def _worded_policy(words: str, options: Methods, block: int) -> Any:
 
     name, *asked = shlex.split(words) or [""]
     policy = type(make_policy(name))
-    known = {field.name for field in dataclasses.fields(policy)}
+    own = _policy_options(policy)
+    known = {field.name for field in dataclasses.fields(own)}
     shared = {
         "density": options.density,
         "dense_prefix": options.dense_prefix,
@@ -835,8 +841,12 @@ def _worded_policy(words: str, options: Methods, block: int) -> Any:
     }
     size = block if options.block is None else options.block
     shared |= {"block_q": size, "block_kv": size}
-    default = make_policy(name, **{key: value for key, value in shared.items() if key in known})
-    return _parse(policy, f"compare, {name}", asked, policy.__doc__ or "", default)
+    default = own(**{key: value for key, value in shared.items() if key in known})
+    read = _parse(own, f"compare, {name}", asked, policy.__doc__ or "", default)
+    parameters, size = _with_masks(policy, vars(read))
+    if size is not None and options.block is None:
+        parameters |= {"block_q": size, "block_kv": size}
+    return policy(**parameters)
 
 
 @dataclasses.dataclass(frozen=True)

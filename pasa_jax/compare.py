@@ -344,7 +344,7 @@ def _comparison(pipeline, settings, prompts, entries) -> dict[str, Any]:
         "methods": {
             name: {
                 "policy": type(entry.policy).__name__,
-                "parameters": dataclasses.asdict(entry.policy),
+                "parameters": _parameters(entry.policy),
                 "cache": _cache(entry),
                 **(
                     {"failure": entry.failure}
@@ -358,6 +358,13 @@ def _comparison(pipeline, settings, prompts, entries) -> dict[str, Any]:
             for name, entry in entries.items()
         },
     }
+
+
+def _parameters(policy: Policy) -> dict[str, Any]:
+    """The policy's fields; of searched masks what they were searched for."""
+    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    masks = fields.get("masks")
+    return fields if masks is None else {**fields, "masks": dataclasses.asdict(masks.key)}
 
 
 def _cache(entry: Entry) -> dict[str, Any] | None:
