@@ -445,7 +445,7 @@ def test_the_command_searches_and_generate_uses_it(tiny_folder, tmp_path, monkey
     assert (masks.tile, masks.signed, masks.min_recall) == ((1, 2, 2), True, 0.7)
     asked = []
     monkeypatch.setattr("pasa_jax.pipeline.Pipeline.generate", lambda *_, **o: asked.append(o))
-    monkeypatch.setattr("pasa_jax.cli._write", lambda *_: None)
+    monkeypatch.setattr("pasa_jax.cli.generate._write", lambda *_: None)
     run = ["generate", PROMPTS[1], "--policy", "compact", "--masks", "m.json", "--out", "a.png"]
     assert main([*run, *small]) == 0
     assert asked[0]["policy"] == Compact(masks=masks, block_q=4, block_kv=4)

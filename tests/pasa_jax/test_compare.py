@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from pasa_jax import metrics
-from pasa_jax.cli import Compare, _named_policies, main
+from pasa_jax.cli import main
+from pasa_jax.cli.compare import Compare
+from pasa_jax.cli.methods import named_policies
 from pasa_jax.compare import METRICS, compare, step_seconds, write_tables
 from pasa_jax.policies import Pasa, Pisa, Policy
 from pasa_jax.report import density_told, write_page
@@ -139,7 +141,7 @@ def test_the_command_writes_the_folder(tiny_folder, tmp_path, capsys):
 
 def test_pasa_brings_pisa_at_what_its_groups_cost():
     options = Compare(policies=("pasa --noise none", "pisa"), density=0.2, dense_layers=(1,))
-    policies = _named_policies(options, 16)
+    policies = named_policies(options, 16)
     assert list(policies) == ["pasa --noise none", "pisa", "pisa --density 0.23125"]
     pasa, pisa, rival = policies.values()
     assert (pasa.noise, pasa.density, pisa.density, rival.density) == ("none", 0.2, 0.2, 0.23125)

@@ -391,7 +391,7 @@ def test_the_command_calibrates_and_generate_uses_it(at_tiny, calibrated, monkey
     assert prompts == PROMPTS[:1] and options["steps"] == 5
     assert options["criterion"] == Criterion(block=4, alpha=0.2, reuse=2)
     monkeypatch.setattr("pasa_jax.pipeline.Pipeline.generate", lambda *_, **o: asked.append(o))
-    monkeypatch.setattr("pasa_jax.cli._write", lambda *_: None)
+    monkeypatch.setattr("pasa_jax.cli.generate._write", lambda *_: None)
     run = ["generate", PROMPTS[1], "--policy", "paro", "--masks", "m.json", "--out", "a.png"]
     assert main([*run, *small]) == 0
     masks = ParoMasks.load("m.json")
