@@ -18,18 +18,21 @@ from tqdm import tqdm
 
 from pasa_jax import sampling
 from pasa_jax.attention import Attention
-from pasa_jax.grid import tile_of, tile_order
+from pasa_jax.grid import TokenGrid, published_tile, tile_grid, tile_order, tile_spans
 from pasa_jax.pallas_kernels import api
+from pasa_jax.pallas_kernels.blocks import num_blocks
 from pasa_jax.pipeline import Carry, Pipeline, denoise, seed_keys, start_noise
 from pasa_jax.policies import AttentionShape, CompactMasks, Context, Dense, Policy
 from pasa_jax.policies.base import check_choice, check_share, dense_prefix_steps
-from pasa_jax.policies.compact import EMPTY, near_group, tile_grid
+from pasa_jax.policies.compact import EMPTY, TILE, near_group
+from pasa_jax.policies.sliding_tile import check_tile
 from pasa_jax.settings import Card, Settings, check_prompts, check_seeds
 from pasa_jax.video import atomic
 
 # The paper's 0.011 for Wan, at 420 tiles: a strip goes while it is lighter than 4.62 times as many
 # tiles of even attention.
 _COST_OF_MEAN = 0.011 * 420
+_PART = 32  # tokens of a recorded block where none fits the tiles: finer maps blur less
 
 Window = tuple[int, int, int, int]
 
@@ -49,8 +52,8 @@ class Criterion:
         signed: tell keys of earlier from keys of later frames; False: by distance alone.
         reuse: consecutive steps that share a mask, searched at the first of them.
         dense_prefix: share of the steps that stay dense and get no mask.
-        tile: frames, rows and columns of a tile, in tokens; None is the most compact one of the
-            model's block size.
+        tile: frames, rows and columns of a tile, in tokens; None is (3, 8, 8), and for videos of
+            fewer tokens than eight of these the most compact one of the model's block size.
 
     Raises:
         ValueError: a field is out of range.
@@ -77,6 +80,7 @@ class Criterion:
             raise ValueError(f"max_cost={self.max_cost!r} must be 0 or more and finite")
         if self.reuse < 1:
             raise ValueError(f"reuse={self.reuse} must be at least 1 step")
+        check_tile(self.tile)
 
     def cost_per_tile(self, num_tiles: int) -> float:
         """λ of "tile", with None and the unit resolved."""
@@ -285,18 +289,22 @@ class Recorder(Policy):
     """Dense attention that leaves in its state how much mass lies at each offset between tiles.
 
     The state is f32 [layers, B, N, 2Nt−1, 2Ny−1, 2Nx−1]: each entry the mass that a query gives the
-    keys of the tile at that offset from its own, mean over all tiles of queries, where the mass of
-    the video's keys is 1. It is the only thing the search needs, as windows know offsets alone.
+    keys of the tile at that offset from its own, mean over all queries, where the mass of the
+    video's keys is 1. It is the only thing the search needs, as windows know offsets alone.
+
+    Masses are taken by blocks of tokens. Those of a block in several tiles are shared among them by
+    tokens, an approximation; they are exact where every block lies in one tile.
 
     Attributes:
-        tile: frames, rows and columns of a tile, in tokens; block_q and block_kv are its tokens.
+        tile: frames, rows and columns of a tile, in tokens.
+        block_q, block_kv: tokens of a block by which masses are taken.
     """
 
     tile: tuple[int, int, int]
     dense_layers: tuple[int, ...] = ()
 
     def token_order(self, grid: Any) -> np.ndarray | None:
-        """Whole tiles one after another."""
+        """Tile by tile."""
         return tile_order(grid, self.tile)
 
     def init_state(self, shape: AttentionShape) -> Float[Array, "layers B N dt dy dx"]:
@@ -320,41 +328,63 @@ class Recorder(Policy):
             length = None if length is None else jnp.minimum(length, grid.num_tokens)
             _, lse = api.dense_attention(q, k, v, kv_length=length, return_lse=True)
         tiles = tile_grid(grid, self.tile)
+        video = dataclasses.replace(grid, text=0)
+        query, key = (tile_shares(video, self.tile, x) for x in (self.block_q, self.block_kv))
+        sizes = {"block_q": self.block_q, "block_kv": self.block_kv, "kv_length": length}
 
         def head(operands):
-            return offset_mass(*operands, tiles, self.block_kv, length)
+            blocks = block_masses(*operands, **sizes)
+            by_tile = jnp.einsum("im,bij,jn->bmn", query, blocks, key, precision="highest")
+            return offset_mass(by_tile, tiles) / jnp.float32(grid.num_tokens)
 
-        # One head at a time, as the map of all tiles by all tiles is large.
+        # One head at a time, as the map of all blocks by all blocks is large.
         by_head = (jnp.moveaxis(x, 2, 0) for x in (q, k, lse))
         return out, jnp.moveaxis(jax.lax.map(head, tuple(by_head)), 0, 1)
 
 
-def offset_mass(
+def tile_shares(
+    grid: TokenGrid, tile: tuple[int, int, int], block: int
+) -> Float[np.ndarray, "I M"]:
+    """Share of every block's tokens that lies in each tile, f32; blocks of `grid.tile_order`."""
+    at = tile_spans(grid, tile, 1)[:, 0]
+    tokens = np.zeros((grid.num_blocks(block), math.prod(tile_grid(grid, tile))), np.float32)
+    np.add.at(tokens, (np.arange(len(at)) // block, at), 1)
+    return tokens / tokens.sum(1, keepdims=True)
+
+
+def block_masses(
     q: Float[Array, "B T H"],
     k: Float[Array, "B T H"],
     lse: Float[Array, "B T"],
-    tiles: tuple[int, int, int],
-    block: int,
+    *,
+    block_q: int,
+    block_kv: int,
     kv_length: Int[Array, " B"] | None = None,
-) -> Float[Array, "B dt dy dx"]:
-    """One head's attention mass at each offset between tiles, mean over the tiles of queries."""
-    number, (_, rows, columns) = math.prod(tiles), tiles
-    sizes = {"block_q": block, "block_kv": block, "top": number}
-    mass = api.block_mass(
+) -> Float[Array, "B I J"]:
+    """One head's attention mass from every query block to every key block, sums over queries."""
+    top = num_blocks(k.shape[1], block_kv)
+    sizes = {"block_q": block_q, "block_kv": block_kv, "top": top}
+    found = api.block_mass(
         q[:, :, None], k[:, :, None], lse[:, :, None], kv_length=kv_length, **sizes
     )
-    t, y, x = np.unravel_index(np.arange(number), tiles)
+    return jnp.put_along_axis(
+        jnp.zeros_like(found.mass), found.ids, found.mass, axis=-1, inplace=False
+    )[:, 0]
+
+
+def offset_mass(
+    mass: Float[Array, "B M M"], tiles: tuple[int, int, int]
+) -> Float[Array, "B dt dy dx"]:
+    """Sums of what query tiles give key tiles at each offset between them."""
+    _, rows, columns = tiles
+    t, y, x = np.unravel_index(np.arange(math.prod(tiles)), tiles)
     code = (t * (2 * rows - 1) + y) * (2 * columns - 1) + x
     # Differences of these codes number the offsets, as in a base that no offset overflows.
-    code = jnp.asarray(code, jnp.int32)
-    offset = code[mass.ids[:, 0]] - code[None, :, None] + code[-1]
+    offset = jnp.asarray((code[None, :] - code[:, None] + code[-1]).reshape(-1), jnp.int32)
     offsets = tuple(2 * n - 1 for n in tiles)
-
-    def add(offset, mass):
-        return jnp.zeros(math.prod(offsets), jnp.float32).at[offset].add(mass)
-
-    total = jax.vmap(add)(offset.reshape(len(q), -1), mass.mass.reshape(len(q), -1))
-    return (total / jnp.float32(number * block)).reshape(len(q), *offsets)
+    total = jnp.zeros((len(mass), math.prod(offsets)), jnp.float32)
+    total = total.at[:, offset].add(mass.reshape(len(mass), -1))
+    return total.reshape(len(mass), *offsets)
 
 
 class Parts:
@@ -408,6 +438,7 @@ class Search:
         criterion: how far windows shrink.
         tile: frames, rows and columns of a tile, in tokens.
         tiles: Nt, Ny, Nx, tiles of the grid.
+        block: tokens of a block by which masses are recorded; a tile's where it divides the grid.
         steps: those that are searched, one a bucket.
     """
 
@@ -416,21 +447,24 @@ class Search:
     criterion: Criterion
     tile: tuple[int, int, int]
     tiles: tuple[int, int, int]
+    block: int
     steps: range
 
     @classmethod
     def start(cls, card: Card, settings: Settings, criterion: Criterion) -> "Search":
-        """Raises ValueError if no step is sparse, or the tile does not divide the grid."""
+        """Raises ValueError if no step is sparse."""
         first = dense_prefix_steps(criterion.dense_prefix, settings.steps)
         if first >= settings.steps:
             raise ValueError(
                 f"dense_prefix={criterion.dense_prefix} must leave one of the {settings.steps} "
                 "steps sparse"
             )
-        grid, tile = card.grid(settings), criterion.tile
-        tile = tile_of(grid, card.block(settings)) if tile is None else tile
+        grid, block = card.grid(settings), card.block(settings)
+        tile = criterion.tile or published_tile(grid, TILE, block)
+        tiles, whole = tile_grid(grid, tile), math.prod(tile)
+        block = whole if math.prod(tiles) * whole == grid.num_tokens else min(_PART, block)
         steps = range(first, settings.steps, criterion.reuse)
-        return cls(card, settings, criterion, tile, tile_grid(grid, tile), steps)
+        return cls(card, settings, criterion, tile, tiles, block, steps)
 
     @property
     def max_cost(self) -> float:
@@ -466,16 +500,16 @@ class Search:
         noise_key, policy_key = seed_keys([seed])
         latents = start_noise(noise_key, self.card.latent_shape(s))
         carry = Carry(latents, sampling.init_state(schedule, latents), jnp.zeros_like(latents))
-        config, block = self.card.config, math.prod(self.tile)
+        config = self.card.config
         sizes = config.num_layers, len(text), config.num_heads, config.head_dim
-        recorder = Recorder(tile=self.tile, block_q=block, block_kv=block)
+        recorder = Recorder(tile=self.tile, block_q=self.block, block_kv=self.block)
         zeros = recorder.init_state(AttentionShape(*sizes, self.card.grid(s)))
-        tiles, guidance = jnp.int32(math.prod(self.tiles)), jnp.float32(s.guidance)
+        guidance = jnp.float32(s.guidance)
         for i in range(self.steps[-1] + 1):
             found = i in self.steps
             how = (recorder, "search") if found else (Dense(), "dense")
             state = zeros if found else ()
-            attention = Attention(*how, jnp.int32(i), tiles, policy_key, 1, state)
+            attention = Attention(*how, jnp.int32(i), jnp.int32(1), policy_key, 1, state)
             carry, _, record = denoise(*graph_params, schedule, carry, text, guidance, attention)
             jax.block_until_ready(carry)
             yield record.state if found else None

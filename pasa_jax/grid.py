@@ -2,9 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
+import math
+import operator
+from typing import Any
 
-import einops
+import jax
 import numpy as np
+from jaxtyping import Bool, Int
 
 from pasa_jax.pallas_kernels import blocks
 
@@ -108,46 +113,117 @@ def axis_order(grid: TokenGrid, axes: tuple[int, int, int]) -> np.ndarray:
     return grid.raster().transpose(axes).reshape(-1)
 
 
-def tile_order(grid: TokenGrid, tile: tuple[int, int, int]) -> np.ndarray:
-    """int32 [F·Y·X], the raster token at each place when whole tiles follow one another.
+def tile_grid(grid: TokenGrid, tile: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Nt, Ny, Nx: tiles along the axes, those that the grid's far ends cut off counted.
 
     Args:
         grid: of the video.
-        tile: frames, rows and columns of a tile, which divide the grid's; raster order in a tile
-            and among tiles.
+        tile: frames, rows and columns of a tile, in tokens.
     """
-    for name, size, part in zip(("frames", "rows", "columns"), grid.sizes, tile, strict=True):
-        if part < 1 or size % part:
-            raise ValueError(f"{tile=} must divide the grid {grid.sizes}: {name}={size} by {part}")
-    sizes = dict(zip("tyx", tile, strict=True))
-    return einops.rearrange(grid.raster(), "(a t) (b y) (c x) -> (a b c t y x)", **sizes)
+    if len(tile) != 3 or min(tile) < 1:
+        raise ValueError(f"{tile=} must be three numbers of tokens, 1 or more")
+    frames, rows, columns = (-(-n // part) for n, part in zip(grid.sizes, tile, strict=True))
+    return frames, rows, columns
+
+
+def tile_order(grid: TokenGrid, tile: tuple[int, int, int]) -> np.ndarray:
+    """int32 [F·Y·X], the raster token at each place when tiles follow one another, packed.
+
+    Args:
+        grid: of the video.
+        tile: frames, rows and columns of a tile; those at the grid's far ends have what is left
+            there. Raster order in a tile and among tiles.
+    """
+    return np.argsort(_tile_numbers(grid, tile), kind="stable").astype(np.int32)
+
+
+def _tile_numbers(grid: TokenGrid, tile: tuple[int, int, int]) -> np.ndarray:
+    """int64 [F·Y·X], the tile of every raster token."""
+    tiles = tile_grid(grid, tile)
+    place = np.unravel_index(grid.raster().reshape(-1), grid.sizes)
+    number = [x // part for x, part in zip(place, tile, strict=True)]
+    return np.ravel_multi_index(number, tiles)
+
+
+@functools.lru_cache(maxsize=16)
+def tile_spans(grid: TokenGrid, tile: tuple[int, int, int], block: int) -> np.ndarray:
+    """int32 [J, 2], the first and the last tile that each block of tokens in `tile_order` touches.
+
+    Args:
+        grid: of the video; of a block of text alone both are the last tile.
+        tile: frames, rows and columns of a tile, in tokens.
+        block: tokens of a block.
+
+    Returns:
+        A shared array that cannot be written to.
+    """
+    start = np.arange(grid.num_blocks(block)) * block
+    ends = np.minimum(np.stack([start, start + block - 1], 1), grid.num_tokens - 1)
+    spans = np.sort(_tile_numbers(grid, tile))[ends].astype(np.int32)
+    spans.flags.writeable = False
+    return spans
+
+
+def seen_blocks(
+    seen: Bool[np.ndarray | jax.Array, "M M"],
+    grid: TokenGrid,
+    tile: tuple[int, int, int],
+    block_q: int,
+    block_kv: int,
+) -> Bool[np.ndarray | jax.Array, "I J"]:
+    """Which key blocks a query block takes, of tokens in `tile_order`: see `join_tiles`; all text.
+
+    Args:
+        seen: whether a query tile sees a key tile.
+        grid: of the video, and the text behind it.
+        tile: frames, rows and columns of a tile, in tokens.
+        block_q, block_kv: tokens of a query block and of a key block.
+    """
+    query, key = (tile_spans(grid, tile, block) for block in (block_q, block_kv))
+    query = query[: blocks.num_blocks(grid.num_tokens, block_q)]
+    return join_tiles(seen, query, key) | grid.text_blocks(block_kv)[None, :]
+
+
+def join_tiles(
+    seen: Bool[np.ndarray | jax.Array, "M M"],
+    query: Int[np.ndarray, "I 2"],
+    key: Int[np.ndarray, "J 2"],
+) -> Bool[np.ndarray | jax.Array, "I J"]:
+    """Whether any tile that a query block touches sees any tile that a key block touches.
+
+    Args:
+        seen: whether a query tile sees a key tile, M tiles.
+        query, key: first and last tile of each block, as `tile_spans`.
+    """
+    return _any_tile(_any_tile(seen, query).T, key).T
+
+
+def _any_tile(seen: Any, spans: np.ndarray) -> Any:
+    """Rows of tiles [M, ...] joined to those of blocks."""
+    first, last = spans.T
+    steps = range(int((last - first).max()) + 1)
+    return functools.reduce(operator.or_, (seen[np.minimum(first + i, last)] for i in steps))
 
 
 def tile_of(grid: TokenGrid, tokens: int) -> tuple[int, int, int]:
-    """The most compact tile of `tokens` tokens that divides the grid: least sum of sides.
+    """The tile of at most `tokens` tokens that fits inside the grid with most tokens.
 
-    Raises:
-        ValueError: none does; the message names the sizes next to it that can.
+    Of equals one that divides the grid, then the most compact: least sum of sides.
     """
-    tiles = _tiles(grid)
-    if tokens not in tiles:
-        sizes = sorted(tiles, key=lambda size: abs(size - tokens))[:4]
-        raise ValueError(
-            f"no tile of {tokens} tokens divides the grid {grid.sizes}; tiles of "
-            f"{', '.join(map(str, sorted(sizes)))} tokens do"
-        )
-    return tiles[tokens]
+    if tokens < 1:
+        raise ValueError(f"{tokens=} must be at least 1")
+    sides = (range(1, min(n, tokens) + 1) for n in grid.sizes)
+
+    def rank(tile):
+        divides = not any(n % part for n, part in zip(grid.sizes, tile, strict=True))
+        return math.prod(tile), divides, -sum(tile)
+
+    return max((tile for tile in itertools.product(*sides) if math.prod(tile) <= tokens), key=rank)
 
 
-def _tiles(grid: TokenGrid) -> dict[int, tuple[int, int, int]]:
-    """By number of tokens, the most compact tile that divides the grid."""
-    frames, rows, columns = ([d for d in range(1, n + 1) if n % d == 0] for n in grid.sizes)
-    found: dict[int, tuple[int, int, int]] = {}
-    for tile in ((t, y, x) for t in frames for y in rows for x in columns):
-        size = tile[0] * tile[1] * tile[2]
-        if size not in found or sum(tile) < sum(found[size]):
-            found[size] = tile
-    return found
+def published_tile(grid: TokenGrid, tile: tuple[int, int, int], block: int) -> tuple[int, int, int]:
+    """`tile`, a paper's, where the video has the tokens of eight; else `tile_of` a block's."""
+    return tile if grid.num_tokens >= 8 * math.prod(tile) else tile_of(grid, block)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,5 +1,6 @@
 """Compact Attention (arXiv:2508.12969): windows per head and frame distance, searched offline."""
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -23,8 +24,16 @@ from pasa_jax.calibration import (
     read_json,
     write_json,
 )
-from pasa_jax.grid import TokenGrid, tile_of, tile_order
-from pasa_jax.pallas_kernels.blocks import BlockIndex, block_lengths
+from pasa_jax.grid import (
+    TokenGrid,
+    join_tiles,
+    published_tile,
+    seen_blocks,
+    tile_grid,
+    tile_order,
+    tile_spans,
+)
+from pasa_jax.pallas_kernels.blocks import BlockIndex, block_lengths, num_blocks
 from pasa_jax.policies.base import (
     AttentionShape,
     Context,
@@ -33,7 +42,9 @@ from pasa_jax.policies.base import (
     check_density,
     dense_prefix_steps,
 )
+from pasa_jax.policies.sliding_tile import StaticLists, check_tile, static_lists, static_plan
 
+TILE = (3, 8, 8)  # of 192 tokens
 EMPTY = (-1, -1, -1, -1)
 _MAX_TILES = 128  # along an axis: half-extents are int8
 _MAX_BYTES = 1 << 25  # the masks of Wan 14B are a megabyte
@@ -50,7 +61,7 @@ class CompactMasks:
 
     Attributes:
         key: the setting they were searched in.
-        tile: frames, rows and columns of a tile, in tokens.
+        tile: frames, rows and columns of a tile, in tokens; at the grid's far ends what is left.
         first: the first sparse step, and the first of bucket 0.
         reuse: consecutive steps that share a bucket.
         signed: frame groups are t' − t in −(Nt−1)..Nt−1, the key's less the query's tile; False:
@@ -114,7 +125,10 @@ class CompactMasks:
     @functools.cached_property
     def tiles(self) -> tuple[int, int, int]:
         """Nt, Ny, Nx: tiles along the axes."""
-        return tile_grid(self.key.grid, self.tile)
+        tiles = tile_grid(self.key.grid, self.tile)
+        if max(tiles) > _MAX_TILES:
+            raise ValueError(f"tile={self.tile} makes {tiles=}, must be at most {_MAX_TILES}")
+        return tiles
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
@@ -180,21 +194,29 @@ def _from_json(record: Any) -> CompactMasks:
 class Compact(Policy):
     """Each head sees two rectangles of tiles around the query's, by frame distance; no tail.
 
-    A query block and a key block are one tile of tokens, and the sequence runs tile by tile. The
-    masks come from `pasa-jax search compact` and belong to one model, grid and schedule; one mask
-    serves `masks.reuse` steps. The first of them follows the masks' own dense steps; under a
+    The sequence runs tile by tile, without padding: tiles at the far ends have what is left there.
+    A query block takes every key block that holds a key which any of its queries sees. That is the
+    windows' mask where blocks divide tiles and tiles the grid; elsewhere a block lies in two tiles
+    or more, and takes what either of them sees: more than the mask, never less.
+
+    The masks come from `pasa-jax search compact` and belong to one model, grid and schedule; one
+    mask serves `masks.reuse` steps. The first of them follows the masks' own dense steps; under a
     shorter `dense_prefix` their first bucket serves the steps before as well.
 
-    The paper publishes neither tile nor frame groups; here a tile has 192 tokens, on its grid
-    3 × 8 × 8, and a group is a distance in tiles of frames. What else it leaves open stands at
+    The paper publishes neither tile nor frame groups; here a tile has 192 tokens, 3 × 8 × 8, and a
+    group is a distance in tiles of frames. What else it leaves open stands at
     `compact_search.Criterion`.
 
     Attributes:
         masks: searched windows. None: a plain local window for all layers, heads and steps.
-        density: least share of the key tiles in the local window, which grows strip by strip
-            around the query's tile. With masks, whose density is their own, not read.
+        density: least share of the key blocks in the local window, text included, which grows strip
+            by strip around the query's tile. With masks, whose density is their own, not read.
+        tile: frames, rows and columns of the local window's tiles, in tokens. None: (3, 8, 8), and
+            on videos of fewer tokens than eight of these `grid.tile_of` a key block's. Masks bring
+            their own, and then this is not read.
         dense_prefix: the paper's 15 of 50 steps.
-        block_q, block_kv: tokens of a tile; equal. Without masks the tile is `grid.tile_of`'s.
+        block_q, block_kv: tokens of a query block and of a key block; of the published kernel a
+            tile's.
 
     Raises:
         ValueError: a field is out of range.
@@ -202,34 +224,24 @@ class Compact(Policy):
 
     masks: CompactMasks | None = None
     density: float = 0.38  # what the paper's masks keep of HunyuanVideo, sparsity 62.36 %
+    tile: tuple[int, int, int] | None = None
     dense_prefix: float = 0.3
     dense_layers: tuple[int, ...] = ()
-    block_q: int = 192
-    block_kv: int = 192
 
     def __post_init__(self):
         super().__post_init__()
         check_density("density", self.density)
-        if self.block_q != self.block_kv:
-            raise ValueError(
-                f"block_q={self.block_q} must be block_kv={self.block_kv}: a block is a tile"
-            )
-        if self.masks is not None and self.block_kv != math.prod(self.masks.tile):
-            raise ValueError(
-                f"block_kv={self.block_kv} must be the tokens of the masks' tile "
-                f"{self.masks.tile}, {math.prod(self.masks.tile)}"
-            )
+        check_tile(self.tile)
 
     def check_setting(self, key: CurveKey) -> None:
-        """Raises ValueError for masks of another setting, or a grid that no such tile divides."""
+        """Raises ValueError for masks of another setting."""
         if self.masks is not None:
             self.masks.check(key)
-        self._tile(key.grid)
 
     def budgets(
         self, num_steps: int, num_blocks: int, curve: Sequence[float] | np.ndarray | None = None
     ) -> np.ndarray:
-        """int32 [num_steps], key blocks that the masks keep, mean over layers, heads and tiles.
+        """int32 [num_steps], key blocks that the masks keep, mean over layers, heads, query blocks.
 
         Rounded up. Without masks density · num_blocks, which the window reaches or exceeds; the
         exact number depends on the grid, and every step's record has it.
@@ -237,22 +249,21 @@ class Compact(Policy):
         if self.masks is None:
             sparse = np.full(num_steps, self.max_budget(num_steps, num_blocks), np.int32)
         else:
-            mean = np.ceil(self.masks.counts.mean((0, 2, 3, 4, 5))).astype(np.int32)
-            text = num_blocks - math.prod(self.masks.tiles)
-            sparse = mean[self._bucket(np.arange(num_steps))] + np.int32(text)
+            mean = np.ceil(self._counts().mean((0, 2, 3))).astype(np.int32)
+            sparse = mean[self._bucket(np.arange(num_steps))]
         sparse[: dense_prefix_steps(self.dense_prefix, num_steps)] = num_blocks
         return sparse
 
     def max_budget(
         self, num_steps: int, num_blocks: int, curve: Sequence[float] | np.ndarray | None = None
     ) -> int:
-        """The most key blocks that any query tile sees; without masks the window's least."""
+        """The most key blocks that any query block sees; without masks the window's least."""
         if self.masks is None:
             return math.ceil(round(self.density * num_blocks, 6))
-        return int(self.masks.counts.max()) + num_blocks - math.prod(self.masks.tiles)
+        return int(self._counts().max())
 
     def token_order(self, grid: TokenGrid) -> np.ndarray | None:
-        """Whole tiles one after another."""
+        """Tile by tile."""
         return tile_order(grid, self._tile(grid))
 
     def init_state(self, shape: AttentionShape) -> Any:
@@ -279,36 +290,34 @@ class Compact(Policy):
         context: Context,
         state: Any,
     ) -> tuple[Plan, Any]:
-        """The tiles of the layer's and bucket's windows, and all text blocks."""
-        grid = context.need_grid(self)
-        tiles = tile_grid(grid, self._tile(grid))
-        if self.masks is None:
-            table = local_windows(tiles, self.density)
-            windows, counts = jnp.asarray(table)[None], visible_tiles(table, tiles, False)
-            signed = False
-        else:
-            table, counts = jnp.asarray(self.masks.table), self.masks.counts
-            windows = table[context.layer, self._bucket(context.step)]
-            signed = self.masks.signed
-        text = int(grid.text_blocks(self.block_kv).sum())
+        """The blocks of the layer's and bucket's windows, and all text blocks."""
+        grid, masks = context.need_grid(self), self.masks
+        if masks is None:
+            lists = _local_lists(self, grid)
+            return static_plan(lists, q, k, context, self.block_kv), state
+        slots, sizes = int(self._counts().max()), (self.block_q, self.block_kv)
 
         def lists(windows: Int[Array, "G 4"]) -> BlockIndex:
-            mask = tile_mask(windows, tiles, signed)
-            mask = jnp.concatenate([mask, jnp.ones((len(mask), text), bool)], axis=1)
-            return routing.listed_blocks(mask[None, None], int(counts.max()) + text)
+            seen = tile_mask(windows, masks.tiles, masks.signed)
+            mask = seen_blocks(seen, grid, masks.tile, *sizes)
+            return routing.listed_blocks(mask[None, None], slots)
 
-        # One head at a time: all tiles by all tiles of every head would be large.
-        ids, count = jax.lax.map(lists, windows)
-        ids, count = jnp.moveaxis(ids[:, 0, 0], 0, 0)[None], count[:, 0, 0][None]
-        shape = (q.shape[0], q.shape[2], count.shape[2])
-        count = jnp.broadcast_to(count, shape) - self._padding(k, context, text)
-        return Plan(BlockIndex(jnp.broadcast_to(ids, (*shape, ids.shape[3])), count)), state
+        # One head at a time: all blocks by all blocks of every head would be large.
+        windows = jnp.asarray(masks.table)[context.layer, self._bucket(context.step)]
+        ids, count = (x[:, 0, 0][None] for x in jax.lax.map(lists, windows))
+        shape = (q.shape[0], *count.shape[1:])
+        count = jnp.broadcast_to(count, shape) - self._padding(k, context, grid)
+        return Plan(BlockIndex(jnp.broadcast_to(ids, (*shape, slots)), count)), state
 
-    def _padding(self, k: jax.Array, context: Context, text: int) -> Int[Array, "_ 1 1"]:
+    def _padding(self, k: jax.Array, context: Context, grid: TokenGrid) -> Int[Array, "_ 1 1"]:
         """Text blocks of padding alone, which stand last in every list."""
         length = block_lengths(k.shape[1], self.block_kv, context.kv_length, k.shape[0])
-        dead = length[:, length.shape[1] - text :] == 0
+        dead = (length == 0) & grid.text_blocks(self.block_kv)[None, :]
         return dead.sum(1, dtype=jnp.int32)[:, None, None]
+
+    def _counts(self) -> Int[np.ndarray, "layers buckets N I"]:
+        """Key blocks of every list that the masks make."""
+        return _block_counts(self.masks, self.block_q, self.block_kv)
 
     def _bucket(self, step: Any) -> Any:
         """The bucket of a step; of steps before the masks' first one, bucket 0."""
@@ -318,24 +327,50 @@ class Compact(Policy):
     def _tile(self, grid: TokenGrid) -> tuple[int, int, int]:
         """Tokens of a tile along the axes."""
         if self.masks is None:
-            return tile_of(grid, self.block_kv)
+            return self.tile or published_tile(grid, TILE, self.block_kv)
         if self.masks.key.grid != grid:
             raise ValueError(f"masks for {self.masks.key.grid} must be for {grid}")
         return self.masks.tile
 
 
-def tile_grid(grid: TokenGrid, tile: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Nt, Ny, Nx: tiles along the axes.
+@functools.lru_cache(maxsize=8)
+def _block_counts(
+    masks: CompactMasks, block_q: int, block_kv: int
+) -> Int[np.ndarray, "layers buckets N I"]:
+    """Key blocks that each query block takes, text included; int32."""
+    grid = masks.key.grid
+    rows, text = num_blocks(grid.num_tokens, block_q), grid.text_blocks(block_kv)
+    query = tile_spans(grid, masks.tile, block_q)[:rows]
+    key = tile_spans(grid, masks.tile, block_kv)[~text]
+    # Blocks in the same tiles are counted once.
+    query, place = np.unique(query, axis=0, return_inverse=True)
+    key, times = np.unique(key, axis=0, return_counts=True)
 
-    Raises:
-        ValueError: the tile does not divide the grid, or an axis has more than 128.
-    """
-    if any(part < 1 or size % part for size, part in zip(grid.sizes, tile, strict=True)):
-        raise ValueError(f"{tile=} must divide the grid {grid.sizes}")
-    tiles = tuple(size // part for size, part in zip(grid.sizes, tile, strict=True))
-    if max(tiles) > _MAX_TILES:
-        raise ValueError(f"{tile=} makes {tiles} tiles of the grid, must be at most {_MAX_TILES}")
-    return tiles
+    def count(windows):
+        seen = tile_mask(windows, masks.tiles, masks.signed)
+        return join_tiles(seen, query, key) @ times
+
+    table = masks.table
+    counts = np.array([count(windows) for windows in table.reshape(-1, *table.shape[3:])])
+    counts = counts[:, place.reshape(-1)] + text.sum()
+    return counts.astype(np.int32).reshape(*table.shape[:3], rows)
+
+
+@functools.lru_cache(maxsize=8)
+def _local_lists(policy: Compact, grid: TokenGrid) -> StaticLists:
+    """The local window's blocks, and all text."""
+    tile = policy._tile(grid)
+    tiles = tile_grid(grid, tile)
+
+    def mask(table):
+        seen = tile_mask(table, tiles, False)
+        return seen_blocks(seen, grid, tile, policy.block_q, policy.block_kv)
+
+    tables = local_windows(tiles)
+    enough = bisect.bisect_left(
+        range(len(tables)), True, key=lambda i: mask(tables[i]).mean() >= policy.density - 1e-9
+    )
+    return static_lists(mask(tables[enough]))
 
 
 def group_index(frames: int, signed: bool) -> np.ndarray:
@@ -350,16 +385,16 @@ def near_group(frames: int, signed: bool) -> int:
 
 
 def tile_mask(
-    windows: Int[Array, "G 4"], tiles: tuple[int, int, int], signed: bool
-) -> Bool[Array, "I J"]:
+    windows: Int[np.ndarray | Array, "G 4"], tiles: tuple[int, int, int], signed: bool
+) -> Bool[np.ndarray | Array, "M M"]:
     """Which key tiles every query tile sees, both in the order of `grid.tile_order`."""
     frames, rows, columns = tiles
-    reach = windows.astype(jnp.int32)[group_index(frames, signed)]
-    a, b, c, d = jnp.moveaxis(reach, -1, 0)  # [Nt, Nt]
+    reach = windows.astype(np.int32)[group_index(frames, signed)]
+    a, b, c, d = (reach[..., i, None, None] for i in range(4))  # [Nt, Nt, 1, 1]
 
     def near(reach, size):
-        distance = abs(np.arange(size)[None, :] - np.arange(size)[:, None])
-        return jnp.asarray(distance, jnp.int32)[None, None] <= reach[:, :, None, None]
+        place = np.arange(size, dtype=np.int32)
+        return abs(place[None, :] - place[:, None])[None, None] <= reach
 
     def window(x, y):
         return near(y, rows)[..., None, None] & near(x, columns)[:, :, None, None]
@@ -387,8 +422,8 @@ def visible_tiles(
     return np.einsum("tg,...gyx->...tyx", times, plane)
 
 
-def local_windows(tiles: tuple[int, int, int], density: float) -> Int[np.ndarray, "G 4"]:
-    """Boxes around the query's tile, grown strip by strip until they keep `density` of the tiles.
+def local_windows(tiles: tuple[int, int, int]) -> Int[np.ndarray, "steps G 4"]:
+    """Boxes around the query's tile, from that tile alone to all tiles, growing strip by strip.
 
     The next strip is the nearest one: its distance is that in frames plus that in columns or rows,
     each as a share of the grid's.
@@ -399,10 +434,11 @@ def local_windows(tiles: tuple[int, int, int], density: float) -> Int[np.ndarray
         strips += [
             (g / frames + r / size, g, axis, r) for g in range(frames) for r in range(1, size)
         ]
-    table = np.full((frames, 4), -1, np.int8)
+    table = np.full((frames, 4), -1, np.int32)
     table[0] = 0
+    tables = [table]
     for _, group, axis, reach in sorted(strips):
-        if visible_tiles(table, tiles, False).mean() >= density * math.prod(tiles) - 1e-6:
-            break
+        table = table.copy()
         table[group, axis::2] = reach
-    return table
+        tables.append(table)
+    return np.stack(tables)

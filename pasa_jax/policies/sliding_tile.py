@@ -14,33 +14,41 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pasa_jax.calibration import CurveKey
-from pasa_jax.grid import TokenGrid, tile_of, tile_order
+from pasa_jax.grid import TokenGrid, published_tile, seen_blocks, tile_grid, tile_order
 from pasa_jax.pallas_kernels.blocks import BlockIndex, block_lengths
 from pasa_jax.policies.base import Context, Plan, Policy, check_density, density_blocks
+
+_TILE = (6, 8, 8)  # of 384 tokens, the published code's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlidingTile(Policy):
     """Every query tile sees the key tiles of a box around it, and all text; the rest is dropped.
 
-    A query block and a key block are one tile of tokens, and the sequence runs tile by tile. Along
-    an axis of n tiles a window of w keeps w tiles, centred on the query's except near the ends,
-    where the window stops and the query moves off its centre: all queries see equally many.
+    The sequence runs tile by tile. Along an axis of n tiles a window of w keeps w tiles, centred on
+    the query's except near the ends, where the window stops and the query moves off its centre: all
+    queries see equally many.
+
+    The paper pads videos that its tile does not divide; here no token is added: tiles at the far
+    ends have what is left there. A query block takes every key block that holds a key which any of
+    its queries sees. That is the published mask where blocks divide tiles and tiles the grid;
+    elsewhere a block lies in two tiles or more, and takes what either of them sees: more than the
+    published mask, never less.
 
     The published code searches a window per layer, head and step among a few, on a list that the
     paper does not give in full; here all share one, as in the paper's training-free table.
 
     Attributes:
         density: share of the key blocks, in (0, 1]. Without `window` the box of odd sides, or whole
-            axes, that keeps most tiles up to this share, text included; of equals the one that is
-            most even in shares of the axes. At least the query's own tile.
+            axes, with most tiles of those that keep up to this share, text included; of equals the
+            one that is most even in shares of the axes. At least the query's own tile.
         window: tiles of the box along frames, rows and columns; an even side counts as the next odd
             one, and none more than the grid has. None: by density; else that is not read.
-        tile: frames, rows and columns of a tile, of block_kv tokens, which divide the grid's; None
-            takes `grid.tile_of`'s, for 384 tokens of 30 × 48 × 80 the paper's (6, 8, 8).
+        tile: frames, rows and columns of a tile, in tokens. None: the paper's (6, 8, 8), and on
+            videos of fewer tokens than eight of these `grid.tile_of` a key block's.
         dense_prefix: the paper's 12 of 50 steps.
-        block_q, block_kv: tokens of a tile; equal.
+        block_q, block_kv: tokens of a query block and of a key block; of the published kernel the
+            tile's 384.
 
     Raises:
         ValueError: a field is out of range.
@@ -51,22 +59,13 @@ class SlidingTile(Policy):
     tile: tuple[int, int, int] | None = None
     dense_prefix: float = 0.24
     dense_layers: tuple[int, ...] = ()
-    block_q: int = 384
-    block_kv: int = 384
 
     def __post_init__(self):
         super().__post_init__()
         check_density("density", self.density)
-        if self.block_q != self.block_kv:
-            raise ValueError(
-                f"block_q={self.block_q} must be block_kv={self.block_kv}: a block is a tile"
-            )
         if self.window is not None and (len(self.window) != 3 or min(self.window) < 1):
             raise ValueError(f"window={self.window} must be three numbers of tiles, 1 or more")
-
-    def check_setting(self, key: CurveKey) -> None:
-        """Raises ValueError for a grid that no such tile divides."""
-        self.token_order(key.grid)
+        check_tile(self.tile)
 
     def max_budget(
         self, num_steps: int, num_blocks: int, curve: Sequence[float] | np.ndarray | None = None
@@ -78,12 +77,7 @@ class SlidingTile(Policy):
         return num_blocks if self.window is not None else density_blocks(self.density, num_blocks)
 
     def token_order(self, grid: TokenGrid) -> np.ndarray | None:
-        """Whole tiles one after another.
-
-        Raises:
-            ValueError: no tile of block_kv tokens divides the grid, or `tile` does not or is of
-                another number of tokens.
-        """
+        """Tile by tile."""
         return tile_order(grid, self._tile(grid))
 
     def plan(
@@ -100,12 +94,13 @@ class SlidingTile(Policy):
 
     def _tile(self, grid: TokenGrid) -> tuple[int, int, int]:
         """Tokens of a tile along the axes."""
-        if self.tile is None:
-            return tile_of(grid, self.block_kv)
-        # Not in __post_init__: the command line builds a policy before it knows the block.
-        if math.prod(self.tile) != self.block_kv:
-            raise ValueError(f"tile={self.tile} must have block_kv={self.block_kv} tokens")
-        return self.tile
+        return self.tile or published_tile(grid, _TILE, self.block_kv)
+
+
+def check_tile(tile: tuple[int, int, int] | None) -> None:
+    """Raises ValueError unless a tile has three sides of at least a token, or is None."""
+    if tile is not None and (len(tile) != 3 or min(tile) < 1):
+        raise ValueError(f"{tile=} must be three numbers of tokens, 1 or more")
 
 
 class StaticLists(NamedTuple):
@@ -156,14 +151,14 @@ def _live_count(
 def _lists(policy: SlidingTile, grid: TokenGrid) -> StaticLists:
     """The policy's boxes on a grid, in the order of `grid.tile_order`, and all text."""
     tile = policy._tile(grid)
-    tiles = tuple(size // part for size, part in zip(grid.sizes, tile, strict=True))
-    blocks = grid.num_blocks(policy.block_kv)
-    text = blocks - math.prod(tiles)
-    window = policy.window or _even_window(tiles, policy.density * blocks - text + 1e-6)
-    mask = np.ones((1, 1), bool)
-    for size, side in zip(tiles, window, strict=True):
-        mask = np.kron(mask, _near(size, side))
-    return static_lists(np.pad(mask, ((0, 0), (0, text)), constant_values=True))
+    tiles = tile_grid(grid, tile)
+    windows = [policy.window] if policy.window else _odd_windows(tiles)
+    for window in windows:
+        seen = functools.reduce(np.kron, map(_near, tiles, window))
+        mask = seen_blocks(seen, grid, tile, policy.block_q, policy.block_kv)
+        if mask.mean() <= policy.density + 1e-9:
+            break
+    return static_lists(mask)
 
 
 def _near(size: int, side: int) -> Bool[np.ndarray, "n n"]:
@@ -174,13 +169,12 @@ def _near(size: int, side: int) -> Bool[np.ndarray, "n n"]:
     return (start <= place) & (place <= start + 2 * reach)
 
 
-def _even_window(tiles: tuple[int, int, int], room: float) -> tuple[int, int, int]:
-    """Odd sides, or whole axes, that keep most tiles up to `room`; of equals the most even."""
+def _odd_windows(tiles: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """Windows of odd sides, or whole axes, from most tiles to one; of equals the evenest first."""
     sides = [sorted({*range(1, size + 1, 2), size}) for size in tiles]
-    fitting = [window for window in itertools.product(*sides) if math.prod(window) <= room]
 
     def rank(window):
         shares = [side / size for side, size in zip(window, tiles, strict=True)]
         return math.prod(window), min(shares), -max(shares)
 
-    return max(fitting, key=rank, default=(1, 1, 1))
+    return sorted(itertools.product(*sides), key=rank, reverse=True)

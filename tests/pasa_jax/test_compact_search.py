@@ -311,13 +311,42 @@ def test_the_recorder_sums_the_exact_map_by_offset():
     assert (search.grouped(counts, False) * inside).sum() == keep.sum()
 
 
+@pytest.mark.parametrize("block", [1, 8])
+def test_the_recorder_shares_a_block_among_its_tiles_by_tokens(block):
+    grid, tile, tiles = TokenGrid(3, 4, 5, text=3), (2, 3, 4), (2, 2, 2)  # tiles of 24 to 1 tokens
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(2 * rng.standard_normal((1, 63, 2, 8)), jnp.float32) for _ in range(2))
+    recorder = search.Recorder(tile=tile, block_q=block, block_kv=block)
+    run = Attention(recorder, "search", jnp.int32(0), jnp.int32(1), jax.random.key(0)[None], 1)
+    state = recorder.init_state(AttentionShape(1, 1, 2, 8, grid))[0]
+    _, record = jax.jit(
+        lambda q, k: attend(q, k, k, run, layer=jnp.int32(0), state=state, grid=grid)
+    )(q, k)
+    # The oracle: all pairs of tokens, each the mean of its pair of blocks.
+    score = np.einsum("btnh,bsnh->bnts", *(np.asarray(x, np.float64)[:, :60] for x in (q, k)))
+    weight = np.exp(score[0] * 8**-0.5)
+    weight /= weight.sum(-1, keepdims=True)
+    number = np.arange(60) // block
+    same = (number[:, None] == number[None, :]).astype(float)
+    same /= same.sum(1, keepdims=True)
+    weight = same @ weight @ same
+    place = np.stack(np.unravel_index(tile_order(grid, tile), grid.sizes), -1) // tile
+    expected = np.zeros((2, 3, 3, 3))
+    for i, j in itertools.product(range(60), range(60)):
+        expected[(..., *(place[j] - place[i] + 1))] += weight[:, i, j] / 60
+    # float32 sums of 3600 weights
+    np.testing.assert_allclose(record.state[0], expected, atol=2e-6)
+    assert record.state.shape[2:] == search.offset_counts(tiles).shape
+
+
 def test_near_group_is_the_query_s_own_frame():
     for signed in (False, True):
         assert (np.diag(group_index(4, signed)) == near_group(4, signed)).all()
 
 
 PROMPTS = ["blue and white waves moving left", "a red circle moving up on a green background"]
-FINE = Criterion(tile=(1, 2, 2), reuse=2, dense_prefix=0.4, min_recall=0.8)
+# Of 2 × 4 × 4 tokens: tiles of 6 to 2, which no block divides.
+FINE = Criterion(tile=(1, 3, 2), reuse=2, dense_prefix=0.4, min_recall=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -377,10 +406,22 @@ def test_masks_run_and_are_refused_elsewhere(pipeline, searched):
     result = pipeline.generate(PROMPTS[:1], policy=policy, progress=False)
     assert np.isfinite(result.latents).all()
     assert (result.densities[:2] == 1).all()
-    bucket = masks.counts.mean((2, 3, 4, 5)) / 8  # [layers, buckets]
+    bucket = policy._counts().mean((2, 3)) / 8  # [layers, buckets]
+    assert (policy.budgets(5, 8)[2:] == np.ceil(8 * bucket.mean(0)[[0, 0, 1]])).all()
     np.testing.assert_allclose(result.densities[2:], bucket.T[[0, 0, 1]], atol=1e-6)
     with pytest.raises(ValueError, match="searched for .*steps=5.*not for .*steps=4"):
         pipeline.generate(PROMPTS[:1], policy=policy, steps=4, progress=False)
+
+
+def test_wan_s_masses_are_recorded_by_small_blocks(pipeline):
+    small = {"width": 40, "height": 24}
+    for frames, tile, block in ((8, (1, 3, 5), 15), (12, (2, 3, 5), 16)):
+        settings = pipeline.card.settings(frames=frames, **small)
+        plan = search.Search.start(pipeline.card, settings, dataclasses.replace(FINE, tile=tile))
+        assert plan.block == block  # the tile's where it divides the grid
+    settings = pipeline.card.settings(frames=84, width=52 * 8, height=30 * 8)
+    plan = search.Search.start(pipeline.card, settings, Criterion())
+    assert (plan.tile, plan.tiles, plan.block) == ((3, 8, 8), (7, 4, 7), 32)
 
 
 def test_an_interrupted_search_goes_on(pipeline, searched, tmp_path, monkeypatch):
@@ -448,7 +489,7 @@ def test_the_command_searches_and_generate_uses_it(tiny_folder, tmp_path, monkey
     monkeypatch.setattr("pasa_jax.cli.generate._write", lambda *_: None)
     run = ["generate", PROMPTS[1], "--policy", "compact", "--masks", "m.json", "--out", "a.png"]
     assert main([*run, *small]) == 0
-    assert asked[0]["policy"] == Compact(masks=masks, block_q=4, block_kv=4)
+    assert asked[0]["policy"].masks == masks
     other = [*run, *small, "--guidance", "1"]
     assert "guidance=2.5" in (told := refused(capsys, other)) and "guidance=1.0" in told
 
@@ -460,10 +501,9 @@ def test_the_command_searches_and_generate_uses_it(tiny_folder, tmp_path, monkey
         (["search", "svg"], "'svg' must be one of compact, paro"),
         (["search", "compact", "--min-recall", "2"], "min_recall=2.0 must be in [0, 1]"),
         (["search", "compact", "--dense-prefix", "1"], "must leave one of the 7 steps"),
-        (["search", "compact", "--tile", "3", "2", "2"], "tile=(3, 2, 2) must divide the grid"),
+        (["search", "compact", "--tile", "0", "2", "2"], "tile=(0, 2, 2) must be three numbers"),
         (["search", "compact", "--out", "a.txt"], "must end in .json"),
         (["generate", PROMPTS[0], "--policy", "compact", "--masks", "none.json"], "none.json"),
-        (["generate", PROMPTS[0], "--policy", "compact", "--block-q", "7"], "no tile of 7 tokens"),
     ],
 )
 def test_commands_refuse_in_one_line(tiny_folder, tmp_path, monkeypatch, capsys, argv, words):
@@ -484,6 +524,7 @@ def test_commands_refuse_in_one_line(tiny_folder, tmp_path, monkeypatch, capsys,
         ({"cost_unit": "flop"}, r"cost_unit='flop' must be one of \('tile', 'share'\)"),
         ({"recall_scope": "all"}, r"recall_scope='all' must be one of \('head', 'group'\)"),
         ({"reuse": 0}, "reuse=0 must be at least 1 step"),
+        ({"tile": (1, 2)}, r"tile=\(1, 2\) must be three numbers of tokens, 1 or more"),
     ],
 )
 def test_bad_criteria_are_refused(fields, message, untyped):

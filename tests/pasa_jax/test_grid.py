@@ -10,8 +10,11 @@ from pasa_jax.grid import (
     axis_order,
     gilbert_order,
     neighbour_blocks,
+    published_tile,
+    tile_grid,
     tile_of,
     tile_order,
+    tile_spans,
 )
 
 
@@ -89,9 +92,50 @@ def test_tile_order_keeps_whole_tiles_together():
     assert np.array_equal(np.sort(order.reshape(-1)), np.arange(48))
 
 
-def test_tile_of_takes_the_most_compact():
-    assert tile_of(TokenGrid(4, 16, 16), 64) == (4, 4, 4)
-    assert tile_of(TokenGrid(1, 8, 16), 32) in ((1, 4, 8), (1, 8, 4))
+def test_tiles_at_the_far_ends_are_smaller():
+    grid, tile = TokenGrid(3, 4, 5), (2, 3, 4)
+    assert tile_grid(grid, tile) == (2, 2, 2)
+    order = tile_order(grid, tile)
+    assert order.dtype == np.int32 and np.array_equal(np.sort(order), np.arange(60))
+    # 2 frames of 3 rows of 4 columns, beside them one column, below them one row.
+    assert order[:5].tolist() == [0, 1, 2, 3, 5] and order[24:30].tolist() == [4, 9, 14, 24, 29, 34]
+    assert order[30:38].tolist() == [15, 16, 17, 18, 35, 36, 37, 38]
+    assert order[-1] == 59
+    # A side longer than the grid's is the whole axis.
+    assert np.array_equal(tile_order(grid, (9, 9, 9)), np.arange(60))
+
+
+@pytest.mark.parametrize("block", [1, 7, 8, 30])
+def test_spans_are_the_tiles_of_a_block_s_tokens(block):
+    grid, tile = TokenGrid(3, 4, 5, text=9), (2, 3, 4)
+    path = np.stack(np.unravel_index(tile_order(grid, tile), grid.sizes), 1) // tile
+    numbers = np.ravel_multi_index(path.T, (2, 2, 2))
+    spans = tile_spans(grid, tile, block)
+    assert spans.shape == (grid.num_blocks(block), 2) and not spans.flags.writeable
+    for i, (first, last) in enumerate(spans):
+        # Of a block of text alone the last tile.
+        own = numbers[i * block : (i + 1) * block] if i * block < 60 else [7]
+        assert set(own) == set(range(first, last + 1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "tile"),
+    [
+        ((4, 16, 16), 64, (4, 4, 4)),
+        ((1, 8, 16), 32, (1, 4, 8)),
+        ((1, 6, 8), 16, (1, 2, 8)),  # which divides the grid; (1, 4, 4) is more compact
+        ((21, 30, 52), 64, (4, 4, 4)),  # none divides
+        ((3, 5, 7), 17, (2, 2, 4)),  # nor do 17 tokens fit
+        ((1, 1, 5), 64, (1, 1, 5)),
+    ],
+)
+def test_tile_of_divides_or_is_compact_or_fits(sizes, tokens, tile):
+    assert tile_of(TokenGrid(*sizes), tokens) == tile
+
+
+def test_a_paper_s_tile_serves_videos_of_eight():
+    assert published_tile(TokenGrid(6, 16, 32), (6, 8, 8), 64) == (6, 8, 8)
+    assert published_tile(TokenGrid(6, 16, 31), (6, 8, 8), 64) == tile_of(TokenGrid(6, 16, 31), 64)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +144,10 @@ def test_tile_of_takes_the_most_compact():
         (lambda: TokenGrid(1, 1, 1, text=-1), "text=-1 must be at least 0 tokens"),
         (lambda: axis_order(TokenGrid(1, 1, 1), (0, 1, 1)), r"axes=\(0, 1, 1\) must be a permut"),
         (
-            lambda: tile_order(TokenGrid(4, 4, 6), (2, 2, 4)),
-            "tile=.* must divide .* columns=6 by 4",
+            lambda: tile_order(TokenGrid(4, 4, 6), (2, 0, 4)),
+            r"tile=\(2, 0, 4\) must be three numbers of tokens, 1 or more",
         ),
-        (
-            lambda: tile_of(TokenGrid(21, 30, 52), 64),
-            r"no tile of 64 tokens divides the grid \(21, 30, 52\); tiles of 60, 63, 65, 70 tokens",
-        ),
+        (lambda: tile_of(TokenGrid(2, 2, 2), 0), "tokens=0 must be at least 1"),
     ],
 )
 def test_orders_refuse(call, message):
