@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pasa_jax.attention import Attention, attend
+from pasa_jax.grid import TokenGrid
 from pasa_jax.info import Setting, machine, sparse_kernel
 from pasa_jax.pallas_kernels import BlockIndex, api
 from pasa_jax.policies import Context, Pasa, Pisa, Policy
@@ -26,10 +27,10 @@ from pasa_jax.video import atomic, check_target
 MIB = 2**20
 # Tokens, heads and head size of the models' self-attention, by --shape.
 SHAPES = {
-    "wan1.3b-480p": (32760, 12, 128),
-    "wan14b-480p": (32760, 40, 128),
-    "wan14b-720p": (75600, 40, 128),
-    "hunyuan-720p": (119056, 24, 128),  # 118,800 of video, 256 of text
+    "wan1.3b-480p": (TokenGrid(21, 30, 52), 12, 128),
+    "wan14b-480p": (TokenGrid(21, 30, 52), 40, 128),
+    "wan14b-720p": (TokenGrid(21, 45, 80), 40, 128),
+    "hunyuan-720p": (TokenGrid(33, 45, 80, text=256), 24, 128),
 }
 
 
@@ -143,7 +144,7 @@ def _operands(setting: Setting) -> list[Any]:
     return [*qkv, _lists(setting, *qkv)]
 
 
-def rounds(programs: dict[str, Any], operands: list[Any], repeats: int) -> dict[str, list]:
+def rounds(programs: dict[Any, Any], operands: list[Any], repeats: int) -> dict[Any, list]:
     """Seconds of every program in every round, after one round that is not counted."""
     seconds = {name: [] for name in programs}
     for turn in tqdm(range(repeats + 1), desc="rounds", unit="round", file=sys.stderr):
@@ -344,8 +345,8 @@ def bench_attention(
     if shape is not None and shape not in SHAPES:
         raise ValueError(f"{shape=} must be one of {', '.join(SHAPES)}")
     if shape is not None:
-        number, heads, head_dim = SHAPES[shape]
-        tokens = (number,)
+        grid, heads, head_dim = SHAPES[shape]
+        tokens = (grid.length,)
     if not tokens or not density:
         raise ValueError(f"{tokens=} and {density=} must hold at least one number each")
     if repeats < 1:

@@ -45,11 +45,16 @@ class TokenGrid:
         """Video tokens, F · Y · X."""
         return self.frames * self.rows * self.columns
 
+    @property
+    def length(self) -> int:
+        """All tokens, F · Y · X + E."""
+        return self.num_tokens + self.text
+
     def num_blocks(self, block: int) -> int:
         """Blocks of `block` tokens that cover video and text; the last one may be ragged."""
         if block < 1:
             raise ValueError(f"{block=} must be at least 1 token")
-        return blocks.num_blocks(self.num_tokens + self.text, block)
+        return blocks.num_blocks(self.length, block)
 
     def text_blocks(self, block: int) -> np.ndarray:
         """bool [J], whether a block of `block` tokens holds text, be it beside video."""

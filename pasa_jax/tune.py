@@ -262,8 +262,8 @@ def tune(
     if repeats < 3:
         raise ValueError(f"{repeats=} must be at least 3: fewer have no spread")
     if shape is not None:
-        tokens, heads, width = SHAPES[shape]
-        head_dim = (width,)
+        grid, heads, width = SHAPES[shape]
+        tokens, head_dim = grid.length, (width,)
     settings = [
         Setting(tokens, heads, h, float(rho), bq, bkv, dtype)
         for h, bq, bkv, rho in itertools.product(head_dim, block_q, block_kv, density)

@@ -1,25 +1,25 @@
-"""pasa-jax bench attention, bench recall."""
+"""pasa-jax bench attention, bench methods, bench recall."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
 from pasa_jax.cli.methods import Methods, worded_policy
 from pasa_jax.cli.options import load
-from pasa_jax.cli.parsing import call, parse, refusing
+from pasa_jax.cli.parsing import call, choices, of, parse, refusing
 
 
 def bench(argv: list[str]) -> None:
-    """pasa-jax bench attention: seconds; pasa-jax bench recall: what methods' blocks hold."""
-    benches = {"attention": _bench_attention, "recall": _bench_recall}
+    """pasa-jax bench attention, methods: seconds; bench recall: what methods' blocks hold."""
+    benches = {"attention": _bench_attention, "methods": _bench_methods, "recall": _bench_recall}
     with refusing("pasa-jax bench"):
         what = argv[0] if argv else ""
         if what not in benches:
-            raise ValueError(f"{what!r} must be {' or '.join(benches)}: pasa-jax bench attention")
+            raise ValueError(f"{what!r} must be one of {choices(what, list(benches))}")
     benches[what](argv[1:])
 
 
@@ -27,6 +27,73 @@ def _bench_attention(argv: list[str]) -> None:
     from pasa_jax.bench import bench_attention
 
     call(bench_attention, "bench attention", argv, "Times sparse against dense attention.")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchMethods:
+    """Options of `pasa-jax bench methods`.
+
+    Attributes:
+        policies: methods, each in quotes with options of its own, as "pasa --noise none".
+        shape: a model's, as wan14b-720p, in place of grid, heads and head-dim.
+        grid: frames, rows and columns of the video's tokens.
+        heads: attention heads.
+        head_dim: channels of a head.
+        density: exact share of the key blocks, where a method's own options do not say.
+        block: tokens of a block.
+        dtype: of q, k and v: float32, bfloat16 or float16.
+        repeats: timed rounds, each of which runs everything once.
+        output: write the result to this JSON file.
+    """
+
+    policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ("pasa", "pisa")
+    shape: Annotated[str | None, of("NAME")] = None
+    grid: tuple[int, int, int] = (16, 32, 32)
+    heads: int = 4
+    head_dim: int = 64
+    density: float = 0.15
+    block: int = 64
+    dtype: str = "float32"
+    repeats: int = 7
+    output: Annotated[Path | None, of("FILE")] = None
+
+
+def _bench_methods(argv: list[str]) -> None:
+    """One layer's call of any method beside dense attention."""
+    about = "Times one layer's attention under any methods, with what planning takes of it."
+    options = parse(BenchMethods, "bench methods", argv, about)
+    with refusing("pasa-jax bench methods", OSError):
+        from pasa_jax.bench_methods import bench_methods, table, write_rows
+
+        policies, asked = _methods_asked(options)
+        rows = bench_methods(policies, repeats=options.repeats, **asked)
+        print(table(rows))
+        if options.output is not None:
+            shown = {**asked, "grid": dataclasses.asdict(asked["grid"]), "repeats": options.repeats}
+            write_rows(options.output, rows, shown)
+
+
+def _methods_asked(options: BenchMethods) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The policies, and grid, heads, head_dim and dtype."""
+    from pasa_jax.bench import SHAPES
+    from pasa_jax.grid import TokenGrid
+    from pasa_jax.video import check_target
+
+    if options.output is not None:
+        check_target(options.output, (".json",))
+    if options.shape is not None and options.shape not in SHAPES:
+        raise ValueError(f"shape={options.shape!r} must be one of {', '.join(SHAPES)}")
+    grid, heads, head_dim = TokenGrid(*options.grid), options.heads, options.head_dim
+    if options.shape is not None:
+        grid, heads, head_dim = SHAPES[options.shape]
+    for name, value in (("heads", heads), ("head_dim", head_dim), ("repeats", options.repeats)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if options.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={options.dtype!r} must be float32, bfloat16 or float16")
+    shared = Methods(density=options.density, block=options.block)
+    policies = {words: worded_policy(words, shared, options.block) for words in options.policies}
+    return policies, dict(grid=grid, heads=heads, head_dim=head_dim, dtype=options.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

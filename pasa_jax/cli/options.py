@@ -1,7 +1,6 @@
 """What several commands share: how to sample, which policy, which texts."""
 
 import dataclasses
-import math
 import re
 import typing
 from pathlib import Path
@@ -115,13 +114,12 @@ def policy_options(policy: type, without: tuple[str, ...] = ()) -> type:
 
 
 def with_masks(policy: type, parameters: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """The policy's parameters with masks read from their file, and the masks' tokens a block."""
+    """The policy's parameters with masks read from their file, and the block they need, if any."""
     if parameters.get("masks") is None:
         return parameters, None
     types = {field.name: field.type for field in dataclasses.fields(policy)}
     masks = read_file("masks", typing.get_args(types["masks"])[0], parameters["masks"])
-    block = math.prod(masks.tile) if hasattr(masks, "tile") else masks.block
-    return {**parameters, "masks": masks}, block
+    return {**parameters, "masks": masks}, getattr(masks, "block", None)
 
 
 def parse_size(size: str | None) -> tuple[int | None, int | None]:
