@@ -292,7 +292,7 @@ def load_converted(path: Path, dtype: Any) -> Wan:
     return with_parameters(model, traverse_util.flatten_dict(restored, sep="/"))
 
 
-def with_parameters(model: Wan, values: Mapping[str, Any]) -> Wan:
+def with_parameters(model: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
     """The abstract model with these parameters in it."""
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)

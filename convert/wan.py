@@ -132,7 +132,7 @@ def abstract_model(config: WanConfig, dtype: Any) -> Wan:
     return nnx.eval_shape(lambda: Wan(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
 
 
-def flat_parameters(model: Wan) -> dict[str, Any]:
+def flat_parameters(model: nnx.Module) -> dict[str, Any]:
     """The model's parameters, or their shapes, by path."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {"/".join(map(str, path)): variable.get_value() for path, variable in state}
