@@ -3,8 +3,10 @@
 Every batch of clips runs dense first, then under every policy; metrics are against dense's clips.
 """
 
+import collections
 import csv
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -13,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +27,16 @@ from pasa_jax.attention import Attention, attend
 from pasa_jax.caches import SKIP, StepCache
 from pasa_jax.calibration import VelocityCurve
 from pasa_jax.info import machine
-from pasa_jax.pipeline import Pipeline, Result
+from pasa_jax.pipeline import Pipeline, Result, seed_keys, start_noise
 from pasa_jax.policies import AttentionShape, Context, Dense, Policy
+from pasa_jax.recall import look
+from pasa_jax.recording import record_step
 from pasa_jax.settings import Settings
 from pasa_jax.video import atomic
 
 DENSE = "dense"
 NOT_SPARSE = ("dense", "search", SKIP)  # modes that run no sparse attention
+FAILURES = (ValueError, NotImplementedError, RuntimeError)  # of a method; the others go on
 # Metrics of a clip, in the order of tables; those that are None throughout are left out.
 METRICS = ("psnr", "ssim", "smoothness", "smoothness_gap", "flicker", "lpips", "latent_error")
 
@@ -70,10 +75,30 @@ class Entry:
     frames: list[np.ndarray] = dataclasses.field(default_factory=list)
     errors: list[np.ndarray] = dataclasses.field(default_factory=list)  # [steps, P] a batch
     densities: list[np.ndarray] = dataclasses.field(default_factory=list)  # [steps, layers]
-    seconds: list[np.ndarray] = dataclasses.field(default_factory=list)  # [steps] a batch
+    seconds: list[np.ndarray] = dataclasses.field(default_factory=list)  # [steps] a full batch
     readings: list[Any] = dataclasses.field(default_factory=list)
     cost: dict[str, float] | None = None
     failure: str | None = None
+
+
+class Compared(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+        comparison: as JSON holds it: machine, settings, "clips" asked for and done, and for each
+            method parameters, every step's mode, clips, means with standard deviations, real
+            density by step and layer (0 where the cache skipped the step; "sparse" is the mean over
+            those that ran sparse), error by step, seconds, speed-up, attention's share of a step,
+            planning's share of attention, and what tiny's check reads. A method that fails is
+            reported with its reason and without figures. "blocks" tells what the methods' blocks
+            hold in two heads of one layer (`recall.Look`); None where nothing could be recorded.
+        frames: the shown clips by method.
+        pictures: of the blocks by head, then by method.
+    """
+
+    comparison: dict[str, Any]
+    frames: dict[str, list[np.ndarray]]
+    pictures: dict[int, dict[str, np.ndarray]]
 
 
 def compare(
@@ -90,8 +115,9 @@ def compare(
     negative_states: np.ndarray | None = None,
     curve: VelocityCurve | None = None,
     progress: bool = True,
+    folder: Path | None = None,
     **settings: Any,
-) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+) -> Compared:
     """Samples every prompt with every seed under dense attention and under every policy.
 
     Args:
@@ -106,14 +132,9 @@ def compare(
         negative_prompt, negative_states: what guidance leads away from.
         curve: velocity curve; given to the policies that read one.
         progress: show a bar for each run.
+        folder: an existing one, where `write_tables` writes after every batch of clips, so that an
+            interrupted run keeps those before; None writes nothing.
         settings: fields of `Settings`; those not given are the card's.
-
-    Returns:
-        The comparison as JSON holds it: machine, settings, and for each method parameters, clips,
-        means with standard deviations, real density by step and layer (0 where the cache skipped
-        the step; "sparse" is the mean over those that ran sparse), error by step, seconds,
-        speed-up, attention's share and what tiny's check reads. A method that fails is reported
-        with its reason and without figures. Then the shown frames by label.
 
     Raises:
         ValueError: no clip, no policy, or settings that the model refuses.
@@ -136,13 +157,24 @@ def compare(
             progress=progress,
             **dataclasses.asdict(chosen),
         )
-        _run_batch(pipeline, [prompts[i] for i, _ in part], job, entries, curve, still, shown)
-    clips = min(batch, len(pairs))
-    for entry in entries.values():
-        if entry.failure is None:
-            entry.cost = _attention_cost(pipeline, entry, chosen, curve, clips)
+        asked = [prompts[i] for i, _ in part]
+        path = _run_batch(pipeline, asked, job, entries, curve, still, shown)
+        if start == 0:
+            _measure_costs(pipeline, entries, chosen, curve, len(part))
+            spot = _spot(pipeline, entries, chosen, path, seeds[0])
+        comparison = _comparison(pipeline, chosen, prompts, entries)
+        comparison["clips"] = {"asked": len(pairs), "done": start + len(part)}
+        _write(folder, comparison)
+    clip = (prompts[0], seeds[0], None if states is None else states[:1])
+    comparison["blocks"], pictures = _look(pipeline, entries, chosen, curve, clip, spot)
+    _write(folder, comparison)
     frames = {name: entry.frames for name, entry in entries.items() if entry.frames}
-    return _comparison(pipeline, chosen, prompts, entries), frames
+    return Compared(comparison, frames, pictures)
+
+
+def _write(folder: Path | None, comparison: dict[str, Any]) -> None:
+    if folder is not None:
+        write_tables(folder, comparison)
 
 
 def _entries(
@@ -160,8 +192,11 @@ def _entries(
     return {DENSE: entry(policies[DENSE], None), **cached}
 
 
-def _run_batch(pipeline, prompts, job, entries, curve, still, shown) -> None:
-    """One batch of clips under every method that has not failed; dense first."""
+def _run_batch(pipeline, prompts, job, entries, curve, still, shown) -> list[np.ndarray]:
+    """One batch of clips under every method that has not failed; dense first.
+
+    Returns dense's latents behind every step.
+    """
     exact, path = None, []
     for name, entry in entries.items():
         if entry.failure is not None:
@@ -177,14 +212,24 @@ def _run_batch(pipeline, prompts, job, entries, curve, still, shown) -> None:
                 observe=lambda i, latents, seen=seen: seen.append(np.asarray(latents)),
                 **job,
             )
-        except (ValueError, NotImplementedError, RuntimeError) as error:
+        except FAILURES as error:
             if name == DENSE:
                 raise
-            logging.getLogger("pasa_jax").warning("%s failed: %s", name, error)
-            entry.failure = str(error).splitlines()[0]
+            _fail(name, entry, error)
             continue
         exact = result if exact is None else exact
         _note(entry, result, exact, [seen, path], still, shown)
+    return path
+
+
+def _fail(name: str, entry: Entry, error: Exception) -> None:
+    entry.failure = _reason(error)
+    logging.getLogger("pasa_jax").warning("%s failed: %s", name, entry.failure)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what it says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _note(entry: Entry, result: Result, exact: Result, paths, still, shown: int) -> None:
@@ -192,7 +237,8 @@ def _note(entry: Entry, result: Result, exact: Result, paths, still, shown: int)
     errors = [metrics.relative_error(own, dense) for own, dense in zip(*paths, strict=True)]
     entry.errors.append(np.stack(errors))
     entry.densities.append(result.densities)
-    entry.seconds.append(result.seconds)
+    if len(result.prompts) == entry.errors[0].shape[1]:  # a smaller last batch compiles anew
+        entry.seconds.append(result.seconds)
     for i, (prompt, seed) in enumerate(zip(result.prompts, result.seeds, strict=True)):
         clip = Clip(prompt, seed, latent_error=float(errors[-1][i]))
         if result.frames is not None:
@@ -246,42 +292,128 @@ def _still_pixels(
     return still
 
 
+def _measure_costs(pipeline: Pipeline, entries, settings, curve, clips: int) -> None:
+    """`_attention_cost` of every method that has not failed."""
+    for name, entry in entries.items():
+        if entry.failure is None:
+            try:
+                entry.cost = _attention_cost(pipeline, entry, settings, curve, clips)
+            except FAILURES as error:
+                if name == DENSE:
+                    raise
+                _fail(name, entry, error)
+
+
+class _Spot(NamedTuple):
+    """A layer and step, and dense's first clip before it, [1, F, Y, X, C]."""
+
+    layer: int
+    step: int
+    latents: np.ndarray
+
+
+def _spot(
+    pipeline: Pipeline, entries: dict[str, Entry], settings: Settings, path, seed: int
+) -> _Spot | None:
+    """The middle one of the steps that most methods run sparse, and the middle layer.
+
+    That is the nearest to it of those that fewest methods keep dense. None without a sparse method.
+    """
+    live = _sparse(entries)
+    planned = collections.Counter(
+        i for e in live.values() for i, mode in enumerate(e.modes) if mode not in NOT_SPARSE
+    )
+    if not planned:
+        return None
+    steps = sorted(i for i, count in planned.items() if count == max(planned.values()))
+    step, layers = steps[len(steps) // 2], pipeline.card.config.num_layers
+    kept = collections.Counter(i for e in live.values() for i in e.policy.dense_layers)
+    layer = min(range(layers), key=lambda i: (kept[i], abs(i - layers // 2)))
+    if step > 0:
+        return _Spot(layer, step, path[step - 1][:1])
+    noise = start_noise(seed_keys([seed])[0], pipeline.card.latent_shape(settings))
+    return _Spot(layer, step, np.asarray(noise))
+
+
+def _sparse(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Methods that have not failed and run sparse steps."""
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if entry.failure is None and not set(entry.modes) <= set(NOT_SPARSE)
+    }
+
+
+def _look(
+    pipeline: Pipeline, entries: dict[str, Entry], settings: Settings, curve, clip, spot
+) -> tuple[dict[str, Any] | None, dict[int, dict[str, np.ndarray]]]:
+    """Figures and pictures of the methods' blocks there."""
+    live, (prompt, seed, states) = _sparse(entries), clip
+    if spot is None or not live:
+        return None, {}
+    where = dict(layer=spot.layer, step=spot.step)
+    try:
+        text = pipeline.encode([prompt], "", 1.0, states)
+        recording = record_step(pipeline, spot.latents, text, settings, **where)
+        found = look(
+            recording,
+            {name: entry.policy for name, entry in live.items()},
+            block=min(entry.policy.block_kv for entry in live.values()),
+            steps=settings.steps,
+            seed=seed,
+            curve=None if curve is None else curve.mean,
+            **where,
+        )
+    except FAILURES as error:
+        logging.getLogger("pasa_jax").warning("no pictures of blocks: %s", _reason(error))
+        return None, {}
+    about = dict(prompt=prompt, seed=seed, num_blocks=found.num_blocks, **where)
+    return {**about, "heads": found.heads}, found.pictures
+
+
 def _attention_cost(
     pipeline: Pipeline, entry: Entry, settings: Settings, curve: VelocityCurve | None, clips: int
 ) -> dict[str, float]:
     """Seconds of one layer's attention, and of its planning, at a sparse step of a batch of clips.
 
-    On random normal q, k, v of the model's shape; the median of five calls, compiled before.
+    On random normal q, k, v of the model's shape; the median of five calls, compiled before. Layer
+    and step are the first that the method runs sparse.
     """
     mode = "dense" if "sparse" not in entry.modes else "sparse"
     config, grid = pipeline.card.config, pipeline.card.grid(settings)
     rows = clips * (1 if settings.guidance == 1 else 2)
     policy = dataclasses.replace(entry.policy, dense_layers=())
-    shape = AttentionShape(1, rows, config.num_heads, config.head_dim, grid)
+    shape = AttentionShape(config.num_layers, rows, config.num_heads, config.head_dim, grid)
+    sparse = (i for i in range(config.num_layers) if i not in entry.policy.dense_layers)
+    layer, step = next(sparse, 0), entry.modes.index(mode)
     blocks = grid.num_blocks(policy.block_kv)
     mean = curve.mean if curve is not None and policy.reads_curve else None
     bound = policy.max_budget(settings.steps, blocks, mean)
     budget = jnp.int32(max(1, round(float(np.mean(_sparse_densities(entry))) * blocks)))
-    state = jax.tree.map(lambda x: x[0], policy.init_state(shape))
+    state = jax.tree.map(lambda x: x[layer], policy.init_state(shape))
     keys = jax.random.split(jax.random.key(0), 1)
     draws = jax.random.split(jax.random.key(1), 3)
     sizes = (rows, grid.num_tokens, config.num_heads, config.head_dim)
     qkv = [jax.random.normal(key, sizes, jnp.float32) for key in draws]
-    zero = jnp.int32(0)
-
-    def run(mode, state, *qkv):
-        attention = Attention(policy, mode, zero, budget, keys, bound)
-        return attend(*qkv, attention, layer=zero, state=state, grid=grid)
-
-    def plan(state, *qkv):
-        return policy.plan(*qkv, Context(zero, zero, budget, keys, bound, "sparse", grid), state)
-
+    context = Context(jnp.int32(step), jnp.int32(layer), budget, keys, bound, mode, grid)
     if "search" in entry.modes:
-        state = jax.jit(run, static_argnums=0)("search", state, *qkv)[1].state
-    cost = {"attention": _seconds(jax.jit(run, static_argnums=0), mode, state, *qkv)}
+        searching = dataclasses.replace(context, mode="search")
+        state = _layer_attention(policy, searching, state, *qkv)[1].state
+    cost = {"attention": _seconds(_layer_attention, policy, context, state, *qkv)}
     if mode == "sparse":
-        cost["planning"] = _seconds(jax.jit(plan), state, *qkv)
+        cost["planning"] = _seconds(_layer_plan, policy, context, state, *qkv)
     return cost
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer_attention(policy: Policy, at: Context, state, q, k, v):
+    attention = Attention(policy, at.mode, at.step, at.budget, at.keys, at.max_budget)
+    return attend(q, k, v, attention, layer=at.layer, state=state, grid=at.grid)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer_plan(policy: Policy, at: Context, state, q, k, v):
+    return policy.plan(q, k, v, at, state)
 
 
 def _sparse_densities(entry: Entry) -> np.ndarray:
@@ -346,12 +478,14 @@ def _comparison(pipeline, settings, prompts, entries) -> dict[str, Any]:
                 "policy": type(entry.policy).__name__,
                 "parameters": _parameters(entry.policy),
                 "cache": _cache(entry),
+                "modes": list(entry.modes),
                 **(
                     {"failure": entry.failure}
                     if entry.failure is not None
                     else {
                         **_figures(entry, prompts, dense),
                         "attention_share": _attention_share(entry, exact, layers),
+                        "planning_share": _planning_share(entry.cost),
                     }
                 ),
             }
@@ -381,6 +515,11 @@ def _attention_share(entry: Entry, exact: Entry, layers: int) -> float:
     seconds = (layers - dense_layers) * entry.cost["attention"]
     seconds += dense_layers * exact.cost["attention"]
     return min(1.0, seconds / _sparse_step(entry))
+
+
+def _planning_share(cost: dict[str, float]) -> float | None:
+    """Share of the sparse attention's seconds that scores and selection take."""
+    return cost["planning"] / cost["attention"] if "planning" in cost else None
 
 
 def _sparse_step(entry: Entry) -> float:

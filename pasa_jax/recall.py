@@ -5,7 +5,9 @@ inspect` draws one layer, `pasa-jax bench recall` a curve over densities.
 """
 
 import dataclasses
+import functools
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 
 from pasa_jax.attention import Attention, attend
 from pasa_jax.pallas_kernels import api
+from pasa_jax.pallas_kernels.blocks import num_blocks
 from pasa_jax.policies import AttentionShape, Context, Plan, Policy
 from pasa_jax.recording import Recording
 from pasa_jax.video import atomic
@@ -26,7 +29,7 @@ class Judged(NamedTuple):
     """What a policy does to one recording.
 
     Attributes:
-        density: exact share of the key blocks.
+        density: exact share of the key blocks, of all heads.
         recall: share of the attention mass that lies in exact blocks, by head, mean over the rest.
         error: ‖output − dense‖ / ‖dense‖ by head.
         mass: attention mass of key blocks by query blocks [N, I, J] of batch row 0, in the order
@@ -50,6 +53,7 @@ def judge(
     layer: int = 1,
     seed: int = 0,
     curve: Sequence[float] | None = None,
+    heads: Sequence[int] | None = None,
 ) -> Judged:
     """Runs a policy's plan on a recording, its search before it where it has one.
 
@@ -61,6 +65,7 @@ def judge(
         layer: which layer it believes to be in.
         seed: of its random numbers.
         curve: velocity distances [steps] that its budget may follow.
+        heads: which ones are looked at, N in what is returned; None all. The policy sees all.
 
     Returns:
         Density, recall and error, and the maps of batch row 0.
@@ -83,8 +88,9 @@ def judge(
     blocks = grid.num_blocks(policy.block_kv)
     budgets = policy.budgets(steps, blocks, curve if policy.reads_curve else None)
     bound = policy.max_budget(steps, blocks, curve if policy.reads_curve else None)
-    shape = AttentionShape(1, *(q.shape[i] for i in (0, 2, 3)), grid)
-    state = jax.tree.map(lambda x: x[0], policy.init_state(shape))
+    shape = AttentionShape(recording.layers, *(q.shape[i] for i in (0, 2, 3)), grid)
+    own = min(layer, recording.layers - 1)
+    state = jax.tree.map(lambda x: x[own], policy.init_state(shape))
     run = _Run(dataclasses.replace(policy, dense_layers=()), grid, bound)
     keys = jax.random.split(jax.random.key(seed), 1)
     first = modes.index("search") if "search" in modes else None
@@ -92,14 +98,21 @@ def judge(
         where = (jnp.int32(first), jnp.int32(layer), jnp.int32(blocks), keys)
         state = _attend(run, "search", where, state, q, k, v)[1].state
     where = (jnp.int32(step), jnp.int32(layer), jnp.int32(budgets[step]), keys)
-    out, record = _attend(run, modes[step], where, state, q, k, v)
-    plan = _plan(run, modes[step], where, state, q, k, v)
+    out, record, plan = _attend(run, modes[step], where, state, q, k, v)
+    heads = range(q.shape[2]) if heads is None else heads
+    mass, recall = _masses(plan, policy, q, k, heads)
+    error = _error(out, q, k, v, jnp.asarray(heads))
+    mask = _mask(plan, mass.shape[2])[np.asarray(heads)]
+    return Judged(float(record.density), recall, np.asarray(error), mass, mask)
+
+
+@jax.jit
+def _error(out, q, k, v, heads) -> jax.Array:
+    """Relative error by head, mean over the batch."""
+    out, q, k, v = (jnp.take(x, heads, axis=2) for x in (out, q, k, v))
     exact = api.dense_attention(q, k, v)
-    error = jnp.linalg.norm(out - exact, axis=(1, 3)) / jnp.linalg.norm(exact, axis=(1, 3))
-    mass, recall = _masses(plan, policy, q, k)
-    return Judged(
-        float(record.density), recall, np.asarray(error).mean(0), mass, _mask(plan, mass.shape[2])
-    )
+    norms = [jnp.linalg.norm(x, axis=(1, 3)) for x in (out - exact, exact)]
+    return (norms[0] / norms[1]).mean(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,59 +124,52 @@ class _Run:
     bound: int
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _attend(run: _Run, mode: str, where, state, q, k, v):
-    @jax.jit
-    def call(where, state, q, k, v):
-        step, layer, budget, keys = where
-        attention = Attention(run.policy, mode, step, budget, keys, run.bound)
-        return attend(q, k, v, attention, layer=layer, state=state, grid=run.grid)
-
-    return call(where, state, q, k, v)
-
-
-def _plan(run: _Run, mode: str, where, state, q, k, v) -> Plan:
-    @jax.jit
-    def call(where, state, q, k, v):
-        context = Context(*where, run.bound, mode, run.grid)
-        plan, _ = run.policy.plan(q[:, : run.grid.num_tokens], k, v, context, state)
-        return plan.blocks, plan.head_order
-
-    blocks, order = call(where, state, q, k, v)
-    return Plan(blocks, head_order=order)
+    """The layer's output and record, and behind a plan its blocks and order of tokens."""
+    step, layer, budget, keys = where
+    attention = Attention(run.policy, mode, step, budget, keys, run.bound)
+    out, record = attend(q, k, v, attention, layer=layer, state=state, grid=run.grid)
+    if mode == "search":
+        return out, record, None
+    context = Context(*where, run.bound, mode, run.grid)
+    plan, _ = run.policy.plan(q[:, : run.grid.num_tokens], k, v, context, state)
+    return out, record, Plan(plan.blocks, head_order=plan.head_order)
 
 
-def _masses(plan: Plan, policy: Policy, q, k) -> tuple[np.ndarray, np.ndarray]:
-    """Mass map [N, I, J] of batch row 0, and recall of every head over all rows; head by head."""
+def _masses(
+    plan: Plan, policy: Policy, q, k, heads: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mass map [N, I, J] of batch row 0, and recall of each head over all rows; head by head."""
     maps, recalls = [], []
-    for head in range(q.shape[2]):
+    for head in heads:
         own = [x[:, :, head : head + 1] for x in (q, k)]
         if plan.head_order is not None:
             index = jnp.moveaxis(plan.head_order[:, head : head + 1], 1, 2)[..., None]
             own = [jnp.take_along_axis(x, index, axis=1) for x in own]
-        ids = plan.blocks.ids[:, head : head + 1]
-        count = plan.blocks.count[:, head : head + 1]
+        ids, count = (np.asarray(x)[:, head : head + 1] for x in plan.blocks)
         mass = _mass(*own, policy.block_q, policy.block_kv)
-        held = np.take_along_axis(mass, np.asarray(ids), axis=-1)
-        live = np.arange(ids.shape[-1]) < np.asarray(count)[..., None]
+        held = np.take_along_axis(mass, ids, axis=-1)
+        live = np.arange(ids.shape[-1]) < count[..., None]
         recalls.append((held * live).sum() / mass.sum())
         maps.append(mass[0, 0] / mass[0, 0].sum(-1, keepdims=True))
     return np.stack(maps), np.asarray(recalls)
 
 
 def _mass(q, k, block_q: int, block_kv: int) -> np.ndarray:
-    """Attention mass of every key block by query block [B, 1, I, J]."""
-    top = -(-k.shape[1] // block_kv)
-
-    @jax.jit
-    def call(q, k):
-        _, lse = api.dense_attention(q, k, k, return_lse=True)
-        found = api.block_mass(q, k, lse, block_q=block_q, block_kv=block_kv, top=top)
-        return found.ids, found.mass
-
-    ids, mass = (np.asarray(x) for x in call(q, k))
+    """Attention mass of every key block by query block [B, N, I, J]."""
+    ids, mass = (np.asarray(x) for x in _mass_lists(q, k, block_q, block_kv))
     full = np.zeros_like(mass)
     np.put_along_axis(full, ids, mass, axis=-1)
     return full
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _mass_lists(q, k, block_q: int, block_kv: int) -> tuple[jax.Array, jax.Array]:
+    _, lse = api.dense_attention(q, k, k, return_lse=True)
+    top = num_blocks(k.shape[1], block_kv)
+    found = api.block_mass(q, k, lse, block_q=block_q, block_kv=block_kv, top=top)
+    return found.ids, found.mass
 
 
 def _mask(plan: Plan, columns: int) -> np.ndarray:
@@ -175,13 +181,98 @@ def _mask(plan: Plan, columns: int) -> np.ndarray:
     return mask[..., :columns]
 
 
-def picture(judged: Judged, head: int) -> np.ndarray:
-    """uint8 [I, 2·J + 2, 3]: the head's mass map, dark is much, beside the mask, dark is exact."""
-    mass = judged.mass[head]
-    grey = 1 - np.sqrt(mass / mass.max())  # the root shows faint mass
+def picture(judged: Judged, head: int, most: int | None = None) -> UInt8[np.ndarray, "I W"]:
+    """The head's mass map beside its exact blocks, in grey with two white columns between.
+
+    Args:
+        judged: of the head.
+        head: index into what was judged.
+        most: query and key blocks of the picture, each pixel a mean of blocks where there are more;
+            None draws all.
+
+    Returns:
+        Dark is much mass, by its square root, which shows faint mass; and exact.
+    """
+    mass, mask = judged.mass[head], judged.mask[head].astype(np.float64)
+    if most is not None:
+        mass, mask = (_shrunk(x, most) for x in (mass, mask))
     gap = np.ones((len(mass), 2))
-    both = np.concatenate([grey, gap, 1 - judged.mask[head]], axis=1)
-    return np.repeat((255 * both).astype(np.uint8)[..., None], 3, axis=2)
+    both = np.concatenate([1 - np.sqrt(mass / mass.max()), gap, 1 - mask], axis=1)
+    return (255 * both).astype(np.uint8)
+
+
+def _shrunk(x: np.ndarray, most: int) -> np.ndarray:
+    """Means over about equal parts, at most so many an axis."""
+    for axis in (0, 1):
+        size = x.shape[axis]
+        if size > most:
+            starts = np.arange(most) * size // most
+            lengths = np.diff(np.append(starts, size)).reshape(-1, *[1] * (1 - axis))
+            x = np.add.reduceat(x, starts, axis=axis) / lengths
+    return x
+
+
+class Look(NamedTuple):
+    """Methods' blocks in two heads of one recording.
+
+    Attributes:
+        heads: figures as JSON holds them: "head", its `width`, and by method density, recall and
+            error in this head, or the "failure".
+        pictures: by head, then by method.
+        num_blocks: that a head's width could reach.
+    """
+
+    heads: list[dict[str, Any]]
+    pictures: dict[int, dict[str, UInt8[np.ndarray, "I W"]]]
+    num_blocks: int
+
+
+def look(
+    recording: Recording, policies: dict[str, Policy], *, block: int, most: int = 128, **where: Any
+) -> Look:
+    """Judges policies in the heads whose attention is narrowest and widest.
+
+    Args:
+        recording: its heads are chosen from.
+        policies: by label. One that cannot be judged is left out of the pictures.
+        block: tokens of the blocks over which attention's width counts.
+        most: blocks a side of a picture.
+        where: further arguments of `judge`.
+    """
+    widths = width(recording, block)
+    chosen = list(dict.fromkeys(int(i) for i in (widths.argmin(), widths.argmax())))
+    heads = [{"head": i, "width": round(float(widths[i]), 3), "methods": {}} for i in chosen]
+    pictures = {i: {} for i in chosen}
+    for name, policy in policies.items():
+        try:
+            judged = judge(policy, recording, heads=chosen, **where)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            logging.getLogger("pasa_jax").warning("no blocks of %s: %s", name, reason)
+            for head in heads:
+                head["methods"][name] = {"failure": reason}
+            continue
+        for i, head in enumerate(heads):
+            figures = (judged.mask[i].mean(), judged.recall[i], judged.error[i])
+            told = (round(float(x), 6) for x in figures)
+            head["methods"][name] = dict(zip(("density", "recall", "error"), told, strict=True))
+            pictures[head["head"]][name] = picture(judged, i, most)
+    return Look(heads, pictures, recording.grid.num_blocks(block))
+
+
+def width(recording: Recording, block: int) -> Float[np.ndarray, " N"]:
+    """How many key blocks a head's attention falls on: exp of its mass's entropy in raster order.
+
+    Between 1, all in one block, and J, the same in all; mean over query blocks and batch.
+    """
+    widths = []
+    for head in range(recording.q.shape[2]):
+        q, k = (jnp.asarray(x[:, :, head : head + 1]) for x in (recording.q, recording.k))
+        mass = _mass(q, k, block, block)
+        mass = mass / mass.sum(-1, keepdims=True)
+        entropy = -(mass * np.log(np.maximum(mass, 1e-30))).sum(-1)
+        widths.append(np.exp(entropy).mean())
+    return np.asarray(widths)
 
 
 def write_inspection(
@@ -209,7 +300,7 @@ def write_inspection(
     figure = Figure(figsize=(8, 3.4 * len(judged) + 3), layout="constrained")
     rows = figure.subplots(len(judged) + 1, 1, height_ratios=[3] * len(judged) + [2])
     for axes, (name, one) in zip(rows, judged.items(), strict=False):
-        axes.imshow(picture(one, head), interpolation="nearest")
+        axes.imshow(picture(one, head), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[], xlabel="key blocks: attention mass, then exact blocks")
         axes.set_title(
             f"{name}: density {one.density:.3f}, recall {one.recall[head]:.3f}, "

@@ -4,14 +4,19 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import io_callback
 from jaxtyping import Array, Float
 
+from pasa_jax import sampling
+from pasa_jax.attention import Attention
 from pasa_jax.grid import TokenGrid
 from pasa_jax.pallas_kernels import api
-from pasa_jax.pipeline import Pipeline
+from pasa_jax.pipeline import Carry, Pipeline, denoise
 from pasa_jax.policies import Context, Policy
+from pasa_jax.settings import Card, Settings
 
 
 class Recording(NamedTuple):
@@ -21,6 +26,7 @@ class Recording(NamedTuple):
         q, k, v: f32 [B, T, N, H], rotated and normalised as attention takes them.
         grid: their tokens.
         name: where they come from.
+        layers: of the model's whole stack, for policies that hold something for each.
     """
 
     q: Float[np.ndarray, "B T N H"]
@@ -28,21 +34,20 @@ class Recording(NamedTuple):
     v: Float[np.ndarray, "B T N H"]
     grid: TokenGrid
     name: str
+    layers: int = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+# What the running recorder has handed over. Not its own, so that alike recorders share a program.
+_KEPT: list[list[np.ndarray]] = []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Recorder(Policy):
-    """Dense attention that hands one layer's operands of one step to the host.
-
-    Compared by identity: each recorder's program calls back into its own list.
-    """
+    """Dense attention that hands one layer's operands of one step to the host."""
 
     step: int
     layer: int
-    kept: list[Any] = dataclasses.field(default_factory=list)
     dense_layers: tuple[int, ...] = ()
-
-    __eq__, __hash__ = object.__eq__, object.__hash__  # not those of `Policy`
 
     def modes(self, num_steps: int) -> tuple[str, ...]:
         """ "search" at the step, "dense" at all others."""
@@ -59,7 +64,7 @@ class _Recorder(Policy):
         """Dense output; keeps q, k and v of the layer."""
 
         def keep(q, k, v):
-            self.kept.append([np.asarray(x, np.float32) for x in (q, k, v)])
+            _KEPT.append([np.asarray(x, np.float32) for x in (q, k, v)])
 
         jax.lax.cond(
             context.layer == self.layer,
@@ -107,8 +112,46 @@ def record(
         pipeline.generate([prompt], policy=recorder, seeds=[seed], observe=stop, **options)
     except _Enough:
         jax.effects_barrier()
-    q, k, v = recorder.kept[0]
-    return Recording(q, k, v, card.grid(chosen), f"{card.name}, layer {layer}, step {step}")
+    return _recording(recorder, card, chosen)
+
+
+def record_step(
+    pipeline: Pipeline,
+    latents: Float[np.ndarray, "P F Y X C"],
+    text: Float[Array, "P E D"],
+    settings: Settings,
+    *,
+    layer: int,
+    step: int,
+) -> Recording:
+    """Operands of one layer's self-attention at one step, from the latents the run has come to.
+
+    One forward pass, of the conditional branch alone.
+
+    Args:
+        pipeline: its model runs.
+        latents: before the step.
+        text: states of the prompts.
+        settings: of the run.
+        layer: index in the whole stack.
+        step: denoising step, 0 the noisiest.
+    """
+    recorder = _Recorder(step=step, layer=layer)
+    schedule = sampling.make_schedule(settings.sampler, settings.steps, settings.shift)
+    latents = jnp.asarray(latents)
+    carry = Carry(latents, sampling.init_state(schedule, latents), jnp.zeros_like(latents))
+    keys = jax.random.split(jax.random.key(0), len(latents))
+    attention = Attention(recorder, "search", jnp.int32(step), jnp.int32(1), keys, 1)
+    denoise(*nnx.split(pipeline.model), schedule, carry, text, jnp.float32(1), attention)
+    jax.effects_barrier()
+    return _recording(recorder, pipeline.card, settings)
+
+
+def _recording(recorder: _Recorder, card: Card, settings: Settings) -> Recording:
+    """What the recorder has handed over."""
+    q, k, v = _KEPT.pop()
+    name = f"{card.name}, layer {recorder.layer}, step {recorder.step}"
+    return Recording(q, k, v, card.grid(settings), name, card.config.num_layers)
 
 
 def planted(grid: TokenGrid, *, head_dim: int = 64, seed: int = 0) -> Recording:

@@ -44,15 +44,13 @@ def compare(argv: list[str]) -> None:
         job = _comparison_job(options)
         options.out.mkdir(parents=True, exist_ok=True)
     from pasa_jax.compare import compare as measure
-    from pasa_jax.compare import write_tables
     from pasa_jax.report import write_page
 
     pipeline = load("compare", job.pop("card"))
     with refusing("pasa-jax compare", OSError):
-        comparison, frames = measure(pipeline, **job)
-        write_tables(options.out, comparison)
-        page = write_page(options.out / "index.html", comparison, frames, fps=pipeline.card.fps)
-    for name, method in comparison["methods"].items():
+        found = measure(pipeline, folder=options.out, **job)
+        page = write_page(options.out / "index.html", *found, fps=pipeline.card.fps)
+    for name, method in found.comparison["methods"].items():
         print(f"{name}: {_summary(method)}")
     print(f"wrote {page}")
 

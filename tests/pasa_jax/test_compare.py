@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 
 from pasa_jax import metrics
+from pasa_jax.caches import make_cache
 from pasa_jax.cli import main
 from pasa_jax.cli.compare import Compare
 from pasa_jax.cli.methods import named_policies
 from pasa_jax.compare import METRICS, compare, step_seconds, write_tables
-from pasa_jax.policies import Pasa, Pisa, Policy
+from pasa_jax.pipeline import Pipeline, Result
+from pasa_jax.policies import Pisa, Policy
 from pasa_jax.report import density_told, write_page
 
 PROMPTS = ["blue and white waves moving left", "a red circle moving up on a green background"]
 SIZES = dict(block_q=4, block_kv=4, dense_layers=(), dense_prefix=0.4)
+QUIET = dict(steps=3, progress=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,62 +34,158 @@ class Broken(Policy):
 
 @pytest.fixture(scope="module")
 def compared(pipeline):
-    policies = {
-        "pasa": Pasa(density=0.4, group=4, **SIZES),
-        "whole": Pisa(density=1.0, **SIZES),
-        "broken": Broken(**SIZES),
-    }
-    return compare(pipeline, PROMPTS, [0, 1], policies, batch=2, shown=1, progress=False)
+    policies = {"pisa": Pisa(density=0.4, **SIZES), "broken": Broken(**SIZES)}
+    return compare(pipeline, PROMPTS, [0, 1], policies, batch=2, shown=1, **QUIET)
 
 
 def test_every_prompt_runs_with_every_seed(compared):
-    comparison, frames = compared
-    for name in ("dense", "pasa", "whole"):
+    comparison, frames, _ = compared
+    for name in ("dense", "pisa"):
         clips = comparison["methods"][name]["clips"]
         told = [(clip["prompt"], clip["seed"]) for clip in clips]
         assert told == [(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
         assert len(frames[name]) == 1 and frames[name][0].shape == (8, 32, 32, 3)
-    assert set(frames) == {"dense", "pasa", "whole"}
+    assert set(frames) == {"dense", "pisa"}
+    assert comparison["clips"] == {"asked": 4, "done": 4}
 
 
 def test_a_failing_method_is_reported_and_the_others_finish(compared):
-    methods = compared[0]["methods"]
+    methods = compared.comparison["methods"]
     assert methods["broken"]["failure"] == "no kernel for this"
-    assert "metrics" not in methods["broken"] and len(methods["pasa"]["clips"]) == 4
+    assert "metrics" not in methods["broken"] and len(methods["pisa"]["clips"]) == 4
 
 
 def test_figures_are_those_of_the_clips(compared):
-    pasa = compared[0]["methods"]["pasa"]
-    pair = compared[1]["pasa"][0], compared[1]["dense"][0]
-    assert pasa["clips"][0]["psnr"] == metrics.psnr(*pair)
-    assert pasa["clips"][0]["ssim"] == metrics.ssim(*pair)
-    values = [clip["psnr"] for clip in pasa["clips"]]
-    assert pasa["metrics"]["psnr"]["mean"] == pytest.approx(np.mean(values))
-    assert pasa["metrics"]["psnr"]["clips"] == 4
-    # 8 blocks, 5 steps of which 2 are dense: the budget of 0.4 in the other three.
-    density = np.asarray(pasa["density"]["by_step_and_layer"])
-    assert density.shape == (5, 2) and (density[:2] == 1).all()
-    assert pasa["density"]["sparse"] == pytest.approx(density[2:].mean(), abs=1e-6)
-    assert density[2:].sum(0) * 8 == pytest.approx(round(0.4 * 8 * 3), abs=1e-4)
-    assert pasa["error_by_step"][0] == pasa["error_by_step"][1] == 0 < pasa["error_by_step"][4]
-    whole = compared[0]["methods"]["whole"]["clips"][3]["latent_error"]
-    assert pasa["clips"][3]["latent_error"] > 100 * whole  # whole is rounding alone
-    assert 0 < pasa["attention_share"] <= 1 and pasa["speedup"] > 0
-    assert pasa["seconds"]["planning of a layer"] > 0
+    pisa = compared.comparison["methods"]["pisa"]
+    pair = compared.frames["pisa"][0], compared.frames["dense"][0]
+    assert pisa["clips"][0]["psnr"] == metrics.psnr(*pair)
+    assert pisa["clips"][0]["ssim"] == metrics.ssim(*pair)
+    values = [clip["psnr"] for clip in pisa["clips"]]
+    assert pisa["metrics"]["psnr"]["mean"] == pytest.approx(np.mean(values))
+    assert pisa["metrics"]["psnr"]["clips"] == 4
+    # 8 blocks, 3 steps of which 1 is dense: the budget of 0.4 in the other two.
+    density = np.asarray(pisa["density"]["by_step_and_layer"])
+    assert density.shape == (3, 2) and (density[:1] == 1).all()
+    assert density[1:] * 8 == pytest.approx(round(0.4 * 8), abs=1e-4)
+    assert pisa["density"]["sparse"] == pytest.approx(density[1:].mean(), abs=1e-6)
+    assert pisa["error_by_step"][0] == 0 < pisa["error_by_step"][1] < pisa["error_by_step"][2]
+    assert pisa["modes"] == ["dense", "sparse", "sparse"]
+    assert 0 < pisa["attention_share"] <= 1 and pisa["speedup"] > 0
+    assert compared.comparison["methods"]["dense"]["metrics"]["latent_error"] is None
 
 
-def test_all_blocks_exact_is_dense(compared):
-    methods = compared[0]["methods"]
-    assert methods["whole"]["clips"][0]["latent_error"] < 1e-4  # float32 in another order
-    assert methods["dense"]["metrics"]["latent_error"] is None
+def test_planning_is_told_as_a_share_of_attention(compared):
+    methods = compared.comparison["methods"]
+    seconds, share = (methods["pisa"][key] for key in ("seconds", "planning_share"))
+    assert share == seconds["planning of a layer"] / seconds["attention of a layer"] > 0
+    assert methods["dense"]["planning_share"] is None
 
 
 def test_check_and_flicker_read_tinys_scenes(compared):
-    dense = compared[0]["methods"]["dense"]
+    dense = compared.comparison["methods"]["dense"]
     assert set(dense["check"]) == {"drifting", "shapes"}
     assert all(0 <= share <= 1 for share in dense["check"]["shapes"].values())
     assert dense["clips"][0]["flicker"] is None  # a texture moves everywhere
     assert set(METRICS) == set(dense["metrics"])
+
+
+def test_two_heads_show_attention_beside_blocks(compared):
+    told, pictures = compared.comparison["blocks"], compared.pictures
+    # Of two sparse steps and two sparse layers, the later ones are the middle.
+    assert {k: told[k] for k in ("layer", "step", "prompt", "seed", "num_blocks")} == {
+        "layer": 1,
+        "step": 2,
+        "prompt": PROMPTS[0],
+        "seed": 0,
+        "num_blocks": 8,
+    }
+    narrow, wide = told["heads"]
+    assert 1 <= narrow["width"] <= wide["width"] <= 8
+    for head in (narrow, wide):
+        assert set(head["methods"]) == {"pisa"}  # neither dense nor the one that failed
+        assert head["methods"]["pisa"]["density"] == 3 / 8
+        assert pictures[head["head"]]["pisa"].shape == (8, 18)
+
+
+class Canned:
+    """Stands for `Pipeline.generate`: finished runs without a model; the fourth batch never ends.
+
+    A step takes a second, with a smaller batch a hundred.
+    """
+
+    def __init__(self):
+        self.batches = 0
+
+    def __call__(self, pipeline, prompts, *, policy, cache, observe, seeds, curve, **asked):
+        self.batches += type(policy).__name__ == "Dense" and cache is None
+        if self.batches == 4:
+            raise KeyboardInterrupt
+        settings = pipeline.card.settings(steps=asked["steps"])
+        modes = pipeline.modes(policy, settings, cache)
+        latents = np.ones((len(prompts), *pipeline.card.latent_shape(settings)), np.float32)
+        for i in range(len(modes)):
+            observe(i, latents)
+        density = [[{"dense": 1.0, "skip": 0.0}.get(mode, 0.25)] * 2 for mode in modes]
+        return Result(
+            frames=np.zeros((len(prompts), 8, 32, 32, 3), np.uint8),
+            latents=latents,
+            prompts=tuple(prompts),
+            seeds=tuple(seeds),
+            settings=settings,
+            policy=policy,
+            cache=cache,
+            budgets=np.ones(len(modes), np.int32),
+            densities=np.asarray(density, np.float32),
+            seconds=np.full(len(modes), 1.0 if len(prompts) == 2 else 100.0),
+            distances=np.ones((len(modes), len(prompts)), np.float32),
+        )
+
+
+@pytest.fixture
+def canned(monkeypatch):
+    """Runs without a model; what measures on one is replaced, or fails."""
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    run = Canned()
+    monkeypatch.setattr(Pipeline, "generate", lambda *args, **asked: run(*args, **asked))
+    cost = {"attention": 0.5, "planning": 0.01}
+    monkeypatch.setattr("pasa_jax.compare._attention_cost", lambda *_: cost)
+    monkeypatch.setattr("pasa_jax.compare.record_step", fail)
+    return run
+
+
+def test_an_interrupted_run_keeps_its_batches(canned, pipeline, tmp_path):
+    order = (pipeline, PROMPTS[:1], range(8), {"pisa": Pisa(**SIZES)})
+    with pytest.raises(KeyboardInterrupt):
+        compare(*order, batch=2, folder=tmp_path, **QUIET)
+    kept = json.loads((tmp_path / "comparison.json").read_text())
+    assert kept["clips"] == {"asked": 8, "done": 6}
+    assert [len(method["clips"]) for method in kept["methods"].values()] == [6, 6]
+    assert len(list(csv.DictReader((tmp_path / "comparison.csv").open()))) == 12
+
+
+def test_a_smaller_last_batch_is_not_timed(canned, pipeline, caplog):
+    order = (pipeline, PROMPTS[:1], range(3), {"pisa": Pisa(**SIZES)})
+    comparison, _, pictures = compare(*order, batch=2, **QUIET)
+    assert comparison["methods"]["pisa"]["seconds"]["step"] == 1
+    assert comparison["methods"]["dense"]["seconds"]["run"] == 3
+    assert len(comparison["methods"]["pisa"]["clips"]) == 3
+    # What draws the blocks has failed: the rest stands.
+    assert comparison["blocks"] is None and pictures == {}
+    assert "no pictures of blocks: out of memory" in caplog.text
+
+
+def test_a_cache_goes_with_dense_too_and_its_steps_are_told(canned, pipeline):
+    cache = make_cache("every-2", pipeline.card.config)
+    order = (pipeline, PROMPTS, [0], {"pisa": Pisa(**SIZES)})
+    methods = compare(*order, cache=cache, batch=2, **{**QUIET, "steps": 5}).comparison["methods"]
+    assert list(methods) == ["dense", "dense + every-2", "pisa + every-2"]
+    pisa = methods["pisa + every-2"]
+    assert pisa["modes"] == ["dense", "dense", "skip", "sparse", "skip"]
+    assert pisa["cache"]["computed"] == 3 and pisa["density"]["sparse"] == 0.25
+    assert methods["dense"]["cache"] is None
 
 
 @pytest.mark.parametrize(
@@ -111,12 +210,12 @@ def test_a_mode_of_one_step_cannot_leave_it_out():
 
 
 def test_tables_hold_every_clip(compared, tmp_path):
-    write_tables(tmp_path, compared[0])
+    write_tables(tmp_path, compared.comparison)
     written = json.loads((tmp_path / "comparison.json").read_text())
-    assert written == json.loads(json.dumps(compared[0]))  # tuples become lists
+    assert written == json.loads(json.dumps(compared.comparison))  # tuples become lists
     rows = list(csv.DictReader((tmp_path / "comparison.csv").open()))
-    assert [row["method"] for row in rows] == ["dense"] * 4 + ["pasa"] * 4 + ["whole"] * 4
-    assert float(rows[4]["psnr"]) == compared[0]["methods"]["pasa"]["clips"][0]["psnr"]
+    assert [row["method"] for row in rows] == ["dense"] * 4 + ["pisa"] * 4
+    assert float(rows[4]["psnr"]) == compared.comparison["methods"]["pisa"]["clips"][0]["psnr"]
 
 
 def test_bad_orders_are_refused(pipeline):
@@ -126,17 +225,21 @@ def test_bad_orders_are_refused(pipeline):
         compare(pipeline, PROMPTS, [0], {"pisa": Pisa()}, batch=0)
 
 
-def test_the_command_writes_the_folder(tiny_folder, tmp_path, capsys):
+def test_the_command_writes_the_folder(compared, tiny_folder, tmp_path, capsys):
+    # Sizes and policy are those of `compared`, whose compiled steps run again.
     out = tmp_path / "new"
-    order = ["compare", PROMPTS[0], "--model", str(tiny_folder), "--out", str(out)]
-    order += ["--policies", "pisa --order 0", "--steps", "2", "--size", "32x32"]
-    assert main([*order, "--frames", "8", "--block", "4", "--no-progress"]) == 0
+    words = "pisa --density 0.4 --dense-prefix 0.4"
+    order = ["compare", *PROMPTS, "--model", str(tiny_folder), "--out", str(out)]
+    order += ["--policies", words, "--steps", "3", "--size", "32x32", "--guidance", "2"]
+    order += ["--frames", "8", "--block", "4", "--batch", "2", "--shift", "3", "--dense-layers"]
+    assert main([*order, "--no-progress"]) == 0
     told = capsys.readouterr().out
     assert {f.name for f in out.iterdir()} == {"index.html", "comparison.json", "comparison.csv"}
+    assert "<h2>Blocks</h2>" in (out / "index.html").read_text()
     methods = json.loads((out / "comparison.json").read_text())["methods"]
-    assert list(methods) == ["dense", "pisa --order 0"]
-    assert methods["pisa --order 0"]["parameters"]["order"] == 0
-    assert "pisa --order 0: density" in told and f"wrote {out / 'index.html'}" in told
+    assert list(methods) == ["dense", words]
+    assert methods[words]["parameters"]["density"] == 0.4
+    assert f"{words}: density" in told and f"wrote {out / 'index.html'}" in told
 
 
 def test_pasa_brings_pisa_at_what_its_groups_cost():
@@ -165,14 +268,17 @@ def test_the_command_refuses_in_one_line(more, message, capsys):
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"), [(0.15, "0.160"), (0.1, "0.160, not 0.1"), (None, "0.160")]
+    ("parameters", "told"),
+    [
+        ({"density": 0.15}, "0.160"),
+        ({"density": 0.1}, "0.160, not 0.1"),
+        ({"density": 0.1, "masks": None}, "0.160, not 0.1"),
+        ({"density": 0.1, "masks": {"model": "tiny"}}, "0.160"),  # the masks' own density
+        ({}, "0.160"),
+    ],
 )
-def test_a_density_far_from_the_one_asked_for_is_told(asked, told):
-    method = {
-        "density": {"sparse": 0.16},
-        "parameters": {} if asked is None else {"density": asked},
-    }
-    assert density_told(method) == told
+def test_a_density_far_from_the_one_asked_for_is_told(parameters, told):
+    assert density_told({"density": {"sparse": 0.16}, "parameters": parameters}) == told
 
 
 @pytest.fixture
@@ -191,21 +297,66 @@ def browser():
 
 
 def test_the_page_plays_in_a_browser(compared, tmp_path, browser):
-    comparison, frames = compared
-    masks = {"a <mask>": np.zeros((4, 6, 3), np.uint8)}
-    page = write_page(tmp_path / "index.html", comparison, frames, fps=8.0, masks=masks)
+    comparison, frames, pictures = compared
+    page = write_page(tmp_path / "index.html", comparison, frames, pictures, fps=8.0)
     asked = []
     browser.on("request", lambda request: asked.append(request.url))
     browser.goto(page.as_uri())
     browser.wait_for_function(
         "[...document.querySelectorAll('video')].every(v => !v.paused && v.currentTime > 0)"
     )
-    assert browser.locator("video").count() == 3  # one clip, three methods that ran
+    assert browser.locator("video").count() == 2  # one clip, two methods that ran
     rows = browser.locator("table").first.locator("tr").all_inner_texts()
-    assert [row.split("\t")[0] for row in rows] == ["method", "dense", "pasa", "whole", "broken"]
-    assert "failed: no kernel for this" in rows[4]
-    assert browser.locator("figure img").evaluate("image => image.naturalWidth") == 6
+    assert [row.split("\t")[0] for row in rows] == ["method", "dense", "pisa", "broken"]
+    assert "failed: no kernel for this" in rows[3]
+    share = comparison["methods"]["pisa"]["planning_share"]
+    assert rows[2].endswith(f"{100 * share:.0f} %")
+    widths = "[...document.querySelectorAll('figure img')].map(i => i.naturalWidth)"
+    assert browser.evaluate(widths) == [18, 18]  # a pixel a block
+    assert "density 0.375, recall" in browser.locator("figcaption").last.inner_text()
     assert browser.locator("svg").bounding_box()["height"] > 100
     assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)
     # Something is drawn: a blank picture compresses to almost nothing.
     assert len(browser.screenshot(full_page=True)) > 20_000
+
+
+def test_videos_start_again_together(compared, tmp_path, browser):
+    write_page(tmp_path / "index.html", compared.comparison, compared.frames, fps=8.0)  # a second
+    browser.goto((tmp_path / "index.html").as_uri())
+    times = "[...document.querySelectorAll('video')].map(v => v.currentTime)"
+    browser.wait_for_function(f"{times}.every(t => t > 0.8)")
+    browser.wait_for_function(f"{times}.every(t => 0 < t && t < 0.6)")
+    first, second = browser.evaluate(times)
+    assert abs(first - second) < 0.2
+    browser.locator("summary").first.click()
+    browser.wait_for_function("[...document.querySelectorAll('video')].every(v => v.paused)")
+
+
+def test_fourteen_methods_fit_a_window(compared, tmp_path, browser):
+    """Long names, all columns, a step cache: nothing but the table's own box may scroll."""
+    comparison, frames, pictures = compared
+    dense, pisa = (comparison["methods"][name] for name in ("dense", "pisa"))
+    known = {"mean": 0.1234567, "std": 0.0123456, "clips": 4}
+    pisa = {**pisa, "metrics": dict.fromkeys(METRICS, known), "modes": ["dense", "sparse", "skip"]}
+    names = [f"rectified --an-option-with-a-long-name {i} + every-2" for i in range(14)]
+    methods = {"dense": dense, **dict.fromkeys(names, pisa)}
+    frames = {name: 3 * frames["dense"] for name in methods}
+    many = {**comparison, "methods": methods}
+    page = write_page(tmp_path / "index.html", many, frames, fps=8.0)
+    browser.set_viewport_size({"width": 1280, "height": 900})
+    browser.goto(page.as_uri())
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 1280
+    box = browser.locator(".scroll").first
+    assert box.evaluate("box => box.scrollWidth <= box.clientWidth")
+    assert "2\n+ 1 cached" in browser.locator("table").first.locator("tr").last.inner_text()
+    rights = "[...document.querySelectorAll('video')].map(v => v.getBoundingClientRect().right)"
+    assert browser.locator("video").count() == 45 and max(browser.evaluate(rights)) < 1280
+    # In a narrow window the box scrolls, and the names stay.
+    browser.set_viewport_size({"width": 700, "height": 900})
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 700
+    box.evaluate("box => box.scrollLeft = 300")
+    name = box.locator("td").first.bounding_box()
+    assert name["x"] == pytest.approx(box.bounding_box()["x"], abs=1)
+    strokes = "[...document.querySelectorAll('svg path')].map(p => p.getAttribute('style'))"
+    lines = [style for style in browser.evaluate(strokes) if style and "stroke-width: 1.3" in style]
+    assert len(set(lines)) == 14  # every method has a colour and dash of its own

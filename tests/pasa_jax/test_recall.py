@@ -8,7 +8,7 @@ import pytest
 from pasa_jax import recall
 from pasa_jax.cli import main
 from pasa_jax.grid import TokenGrid
-from pasa_jax.policies import Dense, Pasa, Pisa
+from pasa_jax.policies import AdaSpa, Dense, Pasa, Pisa
 from pasa_jax.recording import planted, record
 
 BLOCK = dict(block_q=8, block_kv=8)
@@ -127,9 +127,55 @@ def test_the_picture_shows_mass_beside_the_mask():
     mass = np.asarray([[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]])
     mask = mass > 0.9
     shown = recall.picture(recall.Judged(0.5, np.ones(1), np.zeros(1), mass, mask), 0)
-    assert shown.shape == (2, 10, 3)
-    assert shown[1, 3, 0] == 0 and shown[0, 2, 0] == 255  # most mass black, none white
-    assert shown[:, 6:, 0].tolist() == [[255] * 4, [255, 255, 255, 0]]
+    assert shown.shape == (2, 10)
+    assert shown[1, 3] == 0 and shown[0, 2] == 255  # most mass black, none white
+    assert shown[:, 6:].tolist() == [[255] * 4, [255, 255, 255, 0]]
+
+
+def test_a_large_picture_is_drawn_in_means():
+    mass = np.zeros((1, 4, 6))
+    mass[0, 0, 0], mass[0, 3, 4] = 0.5, 1.0
+    mask = mass > 0
+    shown = recall.picture(recall.Judged(0.5, np.ones(1), np.zeros(1), mass, mask), 0, most=2)
+    # 2 x 3 blocks a pixel: half the most mass, by its root, and one exact block of six.
+    want = [[255 * (1 - 0.5**0.5), 255, 255, 255, 255 * 5 / 6, 255], [255, 0, 255, 255, 255, 212.5]]
+    np.testing.assert_allclose(shown, want, atol=1)  # whole numbers
+    uneven = recall.picture(recall.Judged(1.0, np.ones(1), np.zeros(1), mass, mass >= 0), 0, most=3)
+    assert uneven.shape == (3, 8) and (uneven[:, 5:] == 0).all()
+
+
+def test_width_counts_the_blocks_that_attention_falls_on(heads):
+    even = np.zeros((1, 96, 2, 4), np.float32)
+    one = even.copy()
+    one[0, :8, 1, 0] = 200.0  # of the second head all mass lies in the first block
+    queries = even.copy()
+    queries[..., 0] = 2.0
+    found = recall.width(heads._replace(q=queries, k=one, v=even), 8)
+    np.testing.assert_allclose(found, [12, 1], rtol=1e-4)  # float32 sums
+
+
+def test_look_shows_the_narrowest_and_the_widest_head(heads, caplog):
+    policies = {
+        "adaspa": AdaSpa(density=0.3, dense_prefix=0.4, **BLOCK),
+        "dense": Dense(**BLOCK),
+    }
+    # It searches at step 2.
+    where = dict(steps=4, step=3, layer=1, seed=0)
+    found = recall.look(heads, policies, block=8, most=12, **where)
+    widths = recall.width(heads, 8)
+    narrow, wide = found.heads
+    assert (narrow["head"], wide["head"]) == (widths.argmin(), widths.argmax())
+    assert wide["width"] == pytest.approx(widths.max(), abs=1e-3) and found.num_blocks == 12
+    judged = recall.judge(policies["adaspa"], heads, **where)
+    for head in found.heads:
+        i, told = head["head"], head["methods"]["adaspa"]
+        assert told["density"] == pytest.approx(judged.mask[i].mean(), abs=1e-6)
+        assert told["recall"] == pytest.approx(judged.recall[i], abs=1e-6)
+        assert told["error"] == pytest.approx(judged.error[i], abs=1e-6)
+        np.testing.assert_array_equal(found.pictures[i]["adaspa"], recall.picture(judged, i))
+        assert "nothing to judge" in head["methods"]["dense"]["failure"]
+        assert set(found.pictures[i]) == {"adaspa"}
+    assert "no blocks of dense" in caplog.text
 
 
 def test_inspect_writes_picture_and_figures(tiny_folder, tmp_path, capsys):
@@ -155,7 +201,7 @@ def test_inspect_writes_picture_and_figures(tiny_folder, tmp_path, capsys):
             ["bench", "recall", "--density", "2"],
             r"density=2.0 must be in \(0, 1]".replace("\\", ""),
         ),
-        (["bench", "speed"], "'speed' must be attention or recall"),
+        (["bench", "speed"], "'speed' must be"),
     ],
 )
 def test_commands_refuse_in_one_line(order, message, capsys):
