@@ -92,10 +92,13 @@ def check_lists(blocks: BlockIndex, key_blocks: int) -> None:
         key_blocks: J.
 
     Raises:
-        ValueError: a count outside [0, L], or among a row's first `count` ids one outside [0, J)
-            or one that stands twice; the message names the first such row.
+        ValueError: ids or counts are no integers; or a count lies outside [0, L], or among a row's
+            first `count` ids one outside [0, J), or one stands twice: the message names the first
+            such row.
     """
     ids, count = (np.asarray(x) for x in blocks)
+    if not all(np.issubdtype(x.dtype, np.integer) for x in (ids, count)):
+        raise ValueError(f"{ids.dtype=} and {count.dtype=} must be integers")
     slots = ids.shape[-1]
 
     def refuse(bad: np.ndarray, rule: str) -> None:

@@ -78,6 +78,18 @@ def test_lists_looked_into(ids, count, message):
         api.check_lists(blocks, 3)
 
 
+@pytest.mark.parametrize(
+    ("ids", "count", "message"),
+    [
+        (IDS.astype(jnp.float32), COUNT, "ids.dtype=.*float32.* must be integers"),
+        (IDS, COUNT > 0, "count.dtype=.*bool.* must be integers"),
+    ],
+)
+def test_lists_of_no_integers(ids, count, message, untyped):
+    with pytest.raises(ValueError, match=message):
+        api.check_lists(BlockIndex(ids, count), 3)
+
+
 def test_bad_lists_read_nothing_out_of_bounds():
     k = jnp.arange(12.0).reshape(1, 12, 1, 1)
     wild = BlockIndex(jnp.full((1, 1, 3, 2), 99, jnp.int32), jnp.full((1, 1, 3), 7, jnp.int32))
@@ -222,6 +234,20 @@ def test_lengths_beyond_the_ends_are_cut(length):
 def test_more_bad_input_is_one_line(change, message, untyped):
     with pytest.raises(ValueError, match=message):
         api.block_sparse_attention(X, X, X, BLOCKS, **(SIZES | change))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda scale: api.block_sparse_attention(X, X, X, BLOCKS, **SIZES, scale=scale),
+        lambda scale: api.block_mass(X, X, X[..., 0], **SIZES, top=1, scale=scale),
+        lambda scale: api.dense_attention(X, X, X, scale=scale),
+    ],
+    ids=["block_sparse_attention", "block_mass", "dense_attention"],
+)
+def test_a_traced_scale_is_refused(run, untyped):
+    with pytest.raises(ValueError, match="scale=.* must be a finite Python number"):
+        jax.jit(run)(0.5)
 
 
 def test_a_tail_without_groups_is_refused():
