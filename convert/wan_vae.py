@@ -8,7 +8,7 @@ from flax import nnx
 
 from pasa_jax.convert.reader import Entry
 from pasa_jax.convert.rules import Rule
-from pasa_jax.convert.wan import LINEAR, VECTOR, check_size, flat_parameters
+from pasa_jax.convert.wan import VECTOR, check_size, flat_parameters
 from pasa_jax.models.wan_vae import WanVAE, WanVAEConfig
 
 __all__ = ["IGNORED", "abstract_model", "flat_parameters", "read_config", "tables"]
