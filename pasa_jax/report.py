@@ -61,7 +61,8 @@ figure img { border: 1px solid #bbb; box-sizing: border-box }
 .clip { display: flex; gap: .8em; align-items: flex-start; padding: .5em 0 }
 .clip > figure { width: 160px; flex: none; position: sticky; top: 0 } .clip > .grid { flex: 1 }
 .wide { grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)) }
-.failed { color: #a00 } .scroll { overflow-x: auto } svg { max-width: 100%; height: auto }
+td.failed { color: #a00; text-align: left; white-space: normal }
+.scroll { overflow-x: auto } svg { max-width: 100%; height: auto }
 summary { cursor: pointer } dd { margin: 0 0 .5em 1em; font: 12px/1.4 monospace }
 """
 # Videos have no `loop`: the first to end starts all again, so that they stay together. Those of

@@ -34,8 +34,15 @@ class Broken(Policy):
 
 @pytest.fixture(scope="module")
 def compared(pipeline):
+    def of_the_whole_stack(self, shape):
+        """As policies with searched masks, which are a layer's each, insist."""
+        assert shape.layers == 2 and shape.heads == 2
+        return ()
+
     policies = {"pisa": Pisa(density=0.4, **SIZES), "broken": Broken(**SIZES)}
-    return compare(pipeline, PROMPTS, [0, 1], policies, batch=2, shown=1, **QUIET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pisa, "init_state", of_the_whole_stack)
+        return compare(pipeline, PROMPTS, [0, 1], policies, batch=2, shown=1, **QUIET)
 
 
 def test_every_prompt_runs_with_every_seed(compared):
@@ -105,6 +112,19 @@ def test_two_heads_show_attention_beside_blocks(compared):
         assert set(head["methods"]) == {"pisa"}  # neither dense nor the one that failed
         assert head["methods"]["pisa"]["density"] == 3 / 8
         assert pictures[head["head"]]["pisa"].shape == (8, 18)
+
+
+def test_a_model_without_decoder_has_its_page_too(compared, pipeline, tmp_path):
+    # Shapes and policy are those of `compared`, whose compiled steps run again.
+    states = np.asarray(pipeline.encode(PROMPTS, "", 1.0))
+    card = dataclasses.replace(pipeline.card, complete=False)
+    bare = dataclasses.replace(pipeline, card=card, codec=None, text=None)
+    order = (bare, PROMPTS, [0], {"pisa": Pisa(density=0.4, **SIZES)})
+    found = compare(*order, batch=2, states=states, negative_states=states[0], **QUIET)
+    assert found.frames == {} and all(len(own) == 1 for own in found.pictures.values())
+    assert found.comparison["methods"]["pisa"]["metrics"]["psnr"] is None
+    page = write_page(tmp_path / "index.html", *found, fps=8.0).read_text()
+    assert "<h2>Videos</h2>" not in page and page.count("<img") == len(found.pictures)
 
 
 class Canned:

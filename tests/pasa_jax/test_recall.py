@@ -1,7 +1,9 @@
 """Recordings of a run, planted heads, and what policies' blocks hold of their attention."""
 
+import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -142,6 +144,21 @@ def test_a_large_picture_is_drawn_in_means():
     np.testing.assert_allclose(shown, want, atol=1)  # whole numbers
     uneven = recall.picture(recall.Judged(1.0, np.ones(1), np.zeros(1), mass, mass >= 0), 0, most=3)
     assert uneven.shape == (3, 8) and (uneven[:, 5:] == 0).all()
+
+
+class Stacked(Pisa):
+    """Its state, by layer, is its budget."""
+
+    def init_state(self, shape):
+        return 1 + jnp.arange(shape.layers)
+
+    def plan(self, q, k, v, context, state):
+        return super().plan(q, k, v, dataclasses.replace(context, budget=state), state)
+
+
+def test_a_state_is_its_layers_own(heads):
+    judged = recall.judge(Stacked(density=0.3, **BLOCK), heads._replace(layers=4), layer=2, steps=5)
+    assert judged.density == pytest.approx(3 / 12)
 
 
 def test_width_counts_the_blocks_that_attention_falls_on(heads):
