@@ -49,3 +49,8 @@ def torch():
 @pytest.fixture(scope="session")
 def diffusers(torch):
     return need("diffusers")
+
+
+@pytest.fixture(scope="session")
+def transformers(torch):
+    return need("transformers")
