@@ -44,6 +44,8 @@ TILE_KEYS = 64
 QUERY_BYTES = 32 * 1024
 KEY_BYTES = 16 * 1024
 MATRIX_BYTES = 32 * 1024
+# Before Hopper, and for float32, each warp holds all of a product's 16 queries in its registers.
+CHANNEL_BYTES = 512
 SHARED_BYTES = 232448  # of a program on Hopper; a wish for more stages than fit is refused
 TWO_STAGE_BYTES = 256  # wider rows leave no memory for a second stage
 
@@ -64,6 +66,7 @@ class _Config(NamedTuple):
     chunks: int  # steps in a group
     groups: int
     matrix_rows: int  # rows of a group's matrix in a step; 0 for order 0
+    channels: int  # of a product of queries and block means
     interpret: bool
 
 
@@ -135,13 +138,32 @@ def _add_listed(t: Array, state: _State, q: Array, refs: Any, config: _Config) -
     return state._replace(out=settle(out, config.interpret) if config.columns else out)
 
 
+def _mean_logits(at: pl.Slice, queries: _Queries, ref: Any, config: _Config) -> Array:
+    """Queries times block means [P, C], so many channels at a time as the registers hold."""
+    size, wide = config.channels, queries.q.shape[1]
+    if size == wide:
+        return _dot(queries.q, ref[at, :], config, trans_b=True)
+
+    def piece(i: Array, logits: Array) -> Array:
+        columns = i * size, size
+        part = queries.take(columns=columns)
+        return logits + _dot(part, ref[at, pl.ds(*columns)], config, trans_b=True)
+
+    start = jnp.zeros((queries.q.shape[0], config.columns), jnp.float32)
+    return lax.fori_loop(0, wide // size, piece, start)
+
+
 def _add_columns(
-    step: Array, carry: tuple[_State, Array], q: Array, refs: _Columns, config: _Config
+    step: Array,
+    carry: tuple[_State, Array],
+    queries: _Queries,
+    refs: _Columns,
+    config: _Config,
 ) -> tuple[_State, Array]:
     """Adds a step's blocks by their means; carries the group's mass beside the state."""
     state, group_mass = carry
     at = pl.ds(step * config.columns, config.columns)
-    logits = _dot(q, refs.mean[at, :], config, trans_b=True) * (config.scale * LOG2_E)
+    logits = _mean_logits(at, queries, refs.mean, config) * (config.scale * LOG2_E)
     # The block's length in the exponent makes a weight the mass of all of its tokens.
     logits = jnp.where(
         (refs.skip[at] != 0)[None, :], -jnp.inf, logits + refs.log_length[at][None, :]
@@ -174,7 +196,7 @@ def _add_matrix(
 
 def _add_tail(state: _State, queries: _Queries, refs: _Columns, config: _Config) -> _State:
     """Adds every block that is not listed by its Taylor expansion, group by group."""
-    add = functools.partial(_add_columns, q=queries.q, refs=refs, config=config)
+    add = functools.partial(_add_columns, queries=queries, refs=refs, config=config)
 
     def group(g: Array, state: _State) -> _State:
         carry = state, jnp.zeros_like(state.mass)
@@ -263,7 +285,7 @@ def _tail_config(
 ) -> dict:
     """How the tail is cut: steps of at most `most` block means, never across groups."""
     if tail is None:
-        return dict(group=0, columns=0, chunks=0, groups=0, matrix_rows=0)
+        return dict(group=0, columns=0, chunks=0, groups=0, matrix_rows=0, channels=0)
     blocks = tail.length.shape[1]
     # Before Hopper a product's operands lie in registers, which a whole matrix overfills.
     matrix_bytes = MATRIX_BYTES if hopper else MATRIX_BYTES // 2
@@ -276,6 +298,7 @@ def _tail_config(
         chunks=num_blocks(group, columns),
         groups=group_count(blocks, group),
         matrix_rows=min(wide, matrix_bytes // row_bytes) if order == 1 else 0,
+        channels=wide * min(row_bytes, CHANNEL_BYTES) // row_bytes,
     )
 
 

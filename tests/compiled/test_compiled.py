@@ -3,7 +3,7 @@
     pip install -e ".[test,compilers]" && pytest -m compiled tests/compiled
 
 A kernel is a line in CASES; `compile_for.py` knows the operands of each operation. Shapes are those
-of Wan 14B at 720p, in bfloat16.
+of Wan 14B at 720p, in bfloat16 where nothing else is told.
 """
 
 import itertools
@@ -13,18 +13,29 @@ import pytest
 pytestmark = pytest.mark.compiled
 
 BLOCKS = ((64, 64), (128, 64), (128, 128))
-# The matrix instruction that a GPU's kernels owe their speed to.
+# The matrix instruction that a GPU's kernels owe their speed to, tiles of float32 being too small.
 DUE = {"h200": "wgmma", "a100": "mma"}
 
 
-def case(implementation, operation, head_dim, *, tail=False, override=None, note="", **options):
+def case(
+    implementation,
+    operation,
+    head_dim,
+    *,
+    dtype="bfloat16",
+    tail=False,
+    override=None,
+    note="",
+    **options,
+):
     """One compilation; `override` plants keywords in calls, see `compile_for`."""
     sizes = "".join(f"-{name}{size}" for name, size in options.items())
+    name = f"{implementation}-{operation}-H{head_dim}{sizes}" + "-tail" * tail + note
     return dict(
-        name=f"{implementation}-{operation}-H{head_dim}{sizes}" + "-tail" * tail + note,
+        name=name + f"-{dtype}" * (dtype != "bfloat16"),
         implementation=implementation,
         operation=operation,
-        dtype="bfloat16",
+        dtype=dtype,
         head_dim=head_dim,
         tail=tail,
         options=options,
@@ -45,6 +56,7 @@ def attentions(implementation, head_sizes=(64, 128), tails=(False, True)):
 
 TRITON = [
     *attentions("triton"),
+    attention("triton", (64, 64), 256, True, dtype="float32"),
     case("triton", "block_statistics", 128, block_kv=64, group=32),
     case("triton", "block_statistics", 64, block_kv=128, group=32),
     case("triton", "block_covariance_norm", 128, block_kv=64, group=32),
@@ -90,7 +102,7 @@ def table():
             yield pytest.param(chip, case, id=f"{chip}-{case['name']}")
 
 
-def faults(chip, report):
+def faults(chip, case, report):
     """What is wrong with a compiled case."""
     if report["error"]:
         return [report["error"]]
@@ -100,9 +112,10 @@ def faults(chip, report):
     for name, kernel in report["kernels"].items():
         if any(kernel["spills"]):
             told.append(f"{name} spills, bytes stored and loaded: {kernel['spills']}")
-    if not any(kernel[DUE[chip]] for kernel in report["kernels"].values()):
-        told.append(f"no {DUE[chip]}")
-    if DUE[chip] == "wgmma" and any(kernel["mma"] for kernel in report["kernels"].values()):
+    due = "mma" if case["dtype"] == "float32" else DUE[chip]
+    if not any(kernel[due] for kernel in report["kernels"].values()):
+        told.append(f"no {due}")
+    if due == "wgmma" and any(kernel["mma"] for kernel in report["kernels"].values()):
         told.append("products by single warps")
     return told
 
@@ -111,12 +124,12 @@ def faults(chip, report):
 def test_compiles_without_fault(compiled, chip, case):
     report = compiled(chip, case)
     print(report)
-    assert faults(chip, report) == []
+    assert faults(chip, case, report) == []
 
 
 @pytest.mark.parametrize(
     ("chip", "case", "fault"), PLANTED, ids=[f"{chip}-{case['name']}" for chip, case, _ in PLANTED]
 )
 def test_finds_planted_fault(compiled, chip, case, fault):
-    told = faults(chip, compiled(chip, case))
+    told = faults(chip, case, compiled(chip, case))
     assert any(fault in x for x in told), told
