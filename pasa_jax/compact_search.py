@@ -12,17 +12,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
 from tqdm import tqdm
 
-from pasa_jax import sampling
-from pasa_jax.attention import Attention
 from pasa_jax.grid import TokenGrid, published_tile, tile_grid, tile_order, tile_spans
 from pasa_jax.pallas_kernels import api
 from pasa_jax.pallas_kernels.blocks import num_blocks
-from pasa_jax.pipeline import Carry, Pipeline, denoise, seed_keys, start_noise
-from pasa_jax.policies import AttentionShape, CompactMasks, Context, Dense, Policy
+from pasa_jax.pipeline import Pipeline, recorded_steps
+from pasa_jax.policies import AttentionShape, CompactMasks, Context, Policy
 from pasa_jax.policies.base import check_choice, check_share, dense_prefix_steps
 from pasa_jax.policies.compact import EMPTY, TILE, near_group
 from pasa_jax.policies.sliding_tile import check_tile
@@ -484,35 +481,22 @@ class Search:
         states = np.asarray(text, np.float32).tobytes()
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode() + states).hexdigest()[:24]
 
-    def prompt(self, model: nnx.Module, text: Float[Array, "B E D"], seed: int, tick: Any) -> Found:
+    def prompt(
+        self, pipeline: Pipeline, text: Float[Array, "B E D"], seed: int, tick: Any
+    ) -> Found:
         """Samples one prompt densely and searches its windows; `tick()` follows every step."""
         found = []
-        for mass in self.sample(model, text, seed):
+        for mass in self.sample(pipeline, text, seed):
             if mass is not None:
                 found.append(self.contract(np.asarray(mass)))
             tick()
         return Found(*(np.stack(x, axis=2) for x in zip(*found, strict=True)))
 
-    def sample(self, model: nnx.Module, text: Float[Array, "B E D"], seed: int) -> Iterator[Any]:
+    def sample(self, pipeline: Pipeline, text: Float[Array, "B E D"], seed: int) -> Iterator[Any]:
         """Step by step the masses [layers, B, N, dt, dy, dx] of a searched step, else None."""
-        s, graph_params = self.settings, nnx.split(model)
-        schedule = sampling.make_schedule(s.sampler, s.steps, s.shift)
-        noise_key, policy_key = seed_keys([seed])
-        latents = start_noise(noise_key, self.card.latent_shape(s))
-        carry = Carry(latents, sampling.init_state(schedule, latents), jnp.zeros_like(latents))
-        config = self.card.config
-        sizes = config.num_layers, len(text), config.num_heads, config.head_dim
         recorder = Recorder(tile=self.tile, block_q=self.block, block_kv=self.block)
-        zeros = recorder.init_state(AttentionShape(*sizes, self.card.grid(s)))
-        guidance = jnp.float32(s.guidance)
-        for i in range(self.steps[-1] + 1):
-            found = i in self.steps
-            how = (recorder, "search") if found else (Dense(), "dense")
-            state = zeros if found else ()
-            attention = Attention(*how, jnp.int32(i), jnp.int32(1), policy_key, 1, state)
-            carry, _, record = denoise(*graph_params, schedule, carry, text, guidance, attention)
-            jax.block_until_ready(carry)
-            yield record.state if found else None
+        run = (self.settings, text, seed, recorder, self.steps, self.steps[-1])
+        return recorded_steps(pipeline, *run)
 
     def contract(self, mass: Float[np.ndarray, "layers B N dt dy dx"]) -> Found:
         """Windows int8 [B, layers, heads, groups, 4] and recalls of one step."""
@@ -579,7 +563,7 @@ def search_masks(
             name = search.name(text, seeds[i])
             result = None if parts is None else parts.read(name, search.shape(len(text)))
             if result is None:
-                result = search.prompt(pipeline.model, text, seeds[i], bar.update)
+                result = search.prompt(pipeline, text, seeds[i], bar.update)
                 if parts is not None:
                     parts.write(name, result)
             else:

@@ -8,16 +8,13 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from pasa_jax import sampling
-from pasa_jax.attention import Attention
 from pasa_jax.pallas_kernels import api
 from pasa_jax.pallas_kernels.blocks import num_blocks
-from pasa_jax.pipeline import Carry, Pipeline, denoise, seed_keys, start_noise
-from pasa_jax.policies import AttentionShape, Context, Dense, Policy
+from pasa_jax.pipeline import Pipeline, recorded_steps
+from pasa_jax.policies import AttentionShape, Context, Policy
 from pasa_jax.policies.base import check_density, check_share
 from pasa_jax.policies.paro import ParoMasks, order_table
 from pasa_jax.settings import Card, Settings, check_prompts, check_seeds
@@ -256,25 +253,11 @@ class Search:
         )
 
     def sample(
-        self, model: nnx.Module, text: Float[Array, "B E D"], seed: int, recorder: Recorder
+        self, pipeline: Pipeline, text: Float[Array, "B E D"], seed: int, recorder: Recorder
     ) -> Iterator[Any]:
         """Step by step a dense run: the recorder's state at a recorded step, else None."""
-        s, graph_params = self.settings, nnx.split(model)
-        schedule = sampling.make_schedule(s.sampler, s.steps, s.shift)
-        noise_key, policy_key = seed_keys([seed])
-        latents = start_noise(noise_key, self.card.latent_shape(s))
-        carry = Carry(latents, sampling.init_state(schedule, latents), jnp.zeros_like(latents))
-        config, grid = self.card.config, self.card.grid(s)
-        sizes = config.num_layers, len(text), config.num_heads, config.head_dim
-        zeros = recorder.init_state(AttentionShape(*sizes, grid))
-        blocks, guidance = jnp.int32(grid.num_blocks(self.block)), jnp.float32(s.guidance)
-        for i in range(self.starts[-1] + 1):
-            found = i in self.starts
-            how = (recorder, "search") if found else (Dense(), "dense")
-            attention = Attention(*how, jnp.int32(i), blocks, policy_key, 1, zeros if found else ())
-            carry, _, record = denoise(*graph_params, schedule, carry, text, guidance, attention)
-            jax.block_until_ready(carry)
-            yield np.asarray(record.state) if found else None
+        run = (self.settings, text, seed, recorder, self.starts, self.starts[-1])
+        return recorded_steps(pipeline, *run)
 
 
 def calibrate_paro(
@@ -338,8 +321,9 @@ def calibrate_paro(
             """By bucket [layers, ...], over the prompts; float32, as maps are large."""
             total = {}
             for text, seed in zip(texts, seeds, strict=True):
-                for i, state in enumerate(search.sample(pipeline.model, text, seed, recorder)):
+                for i, state in enumerate(search.sample(pipeline, text, seed, recorder)):
                     if state is not None:
+                        state = np.asarray(state)
                         total[i] = total[i] + state if i in total else state
                     bar.update()
             return [state / np.float32(len(prompts)) for state in total.values()]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -210,7 +210,7 @@ class Pipeline:
         noise_keys, policy_keys = seed_keys(seeds)
         latents = start_noise(noise_keys, self.card.latent_shape(settings))
         carry = Carry(latents, sampling.init_state(schedule, latents), jnp.zeros_like(latents))
-        state = policy.init_state(self._shape(settings, len(text)))
+        state = policy.init_state(self.shape(settings, len(text)))
         graph, params = nnx.split(self.model)
         guidance = jnp.float32(settings.guidance)
         log, modes = Log(blocks), self.modes(policy, settings, cache)
@@ -249,8 +249,8 @@ class Pipeline:
         computed = cache.steps(modes, embed)
         return tuple(mode if run else SKIP for mode, run in zip(modes, computed, strict=True))
 
-    def _shape(self, settings: Settings, batch: int) -> AttentionShape:
-        """What the policy's state may depend on."""
+    def shape(self, settings: Settings, batch: int) -> AttentionShape:
+        """What a policy's state may depend on; the batch counts guidance's branches."""
         config = self.card.config
         heads, width = config.num_heads, config.head_dim
         return AttentionShape(config.num_layers, batch, heads, width, self.card.grid(settings))
@@ -327,7 +327,6 @@ class Carry(NamedTuple):
     residual: Float[Array, "B T D"] | None = None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7))
 def denoise(
     graph: nnx.GraphDef,
     params: Any,
@@ -346,14 +345,23 @@ def denoise(
         carry: from the step before.
         text: branch-major states; B = P runs without guidance, B = 2P with it.
         guidance: weight of the conditional velocity's lead over the unconditional one.
-        attention: policy, mode, step, budget and the policy's state; mode `caches.SKIP` adds the
-            carry's residual in the blocks' place, and leaves state and residual as they are.
+        attention: policy, mode, step, budget and the policy's state, whose memory the next state
+            takes: it cannot be read afterwards. Mode `caches.SKIP` adds the carry's residual in the
+            blocks' place, and leaves state and residual as they are.
         keep: put the residual into the carry, for later steps that skip.
 
     Returns:
         The next carry, mean |v_t − v_{t−1}| of each prompt, and the layers' records.
     """
-    i = attention.step
+    state, attention = attention.state, dataclasses.replace(attention, state=())
+    return _denoise(graph, params, schedule, carry, text, guidance, attention, state, keep)
+
+
+# Unused ones kept: a search reads none of the state whose memory it takes.
+@functools.partial(jax.jit, static_argnums=(0, 8), donate_argnums=7, keep_unused=True)
+def _denoise(graph, params, schedule, carry, text, guidance, attention, state, keep):
+    """`denoise` with the state apart, which alone is given away."""
+    i, attention = attention.step, dataclasses.replace(attention, state=state)
     branches = text.shape[0] // carry.latents.shape[0]
     latents = jnp.tile(carry.latents, (branches, 1, 1, 1, 1))
     timesteps = jnp.full(latents.shape[:1], schedule.timesteps[i])
@@ -373,6 +381,45 @@ def denoise(
     latents, memory = sampling.update(schedule, carry.memory, carry.latents, velocity, i)
     carry = Carry(latents, memory, velocity, residual)
     return carry, jnp.where(i == 0, jnp.nan, distance), record
+
+
+def recorded_steps(
+    pipeline: Pipeline,
+    settings: Settings,
+    text: Float[Array, "B E D"],
+    seed: int,
+    recorder: Policy,
+    steps: Container[int],
+    last: int,
+) -> Iterator[Any]:
+    """A dense run, step by step, whose chosen steps a recorder's `search` runs.
+
+    Args:
+        pipeline: its model is sampled.
+        settings: of the run.
+        text: one prompt's states and the negative ones'.
+        seed: of the noise.
+        recorder: begins each of its steps with a new state.
+        steps: those it runs; the others are plain dense.
+        last: the last step of interest, where the run ends.
+
+    Yields:
+        After each step the recorder's state, or None.
+    """
+    schedule = sampling.make_schedule(settings.sampler, settings.steps, settings.shift)
+    noise_key, policy_key = seed_keys([seed])
+    latents = start_noise(noise_key, pipeline.card.latent_shape(settings))
+    carry = Carry(latents, sampling.init_state(schedule, latents), jnp.zeros_like(latents))
+    graph, params = nnx.split(pipeline.model)
+    guidance, shape = jnp.float32(settings.guidance), pipeline.shape(settings, len(text))
+    for i in range(last + 1):
+        found = i in steps
+        policy, mode = (recorder, "search") if found else (Dense(), "dense")
+        state = recorder.init_state(shape) if found else ()
+        attention = Attention(policy, mode, jnp.int32(i), jnp.int32(1), policy_key, 1, state)
+        carry, _, record = denoise(graph, params, schedule, carry, text, guidance, attention)
+        jax.block_until_ready(carry)
+        yield record.state if found else None
 
 
 @functools.partial(jax.jit, static_argnums=0)

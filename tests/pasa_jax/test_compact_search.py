@@ -366,7 +366,7 @@ def test_a_search_covers_its_prompts_and_branches(pipeline, searched):
     inside = search.window_offsets(masks.table, 2, 2)
     for i, prompt in enumerate(PROMPTS):
         text = pipeline.encode([prompt], "", 2.0)
-        found = [m for m in plan.sample(pipeline.model, text, i) if m is not None]
+        found = [m for m in plan.sample(pipeline, text, i) if m is not None]
         assert len(found) == 2
         for bucket, mass in enumerate(found):
             mass = np.asarray(mass, np.float64)
@@ -378,7 +378,7 @@ def test_a_search_covers_its_prompts_and_branches(pipeline, searched):
 def test_windows_of_all_prompts_and_branches_are_merged(pipeline, monkeypatch):
     windows = [[(1, 0, 1, 0), EMPTY], [(0, 1, 0, 1), EMPTY]], [[(0, 0, 0, 0)] * 2, [(0,) * 4] * 2]
 
-    def prompt(self, model, text, seed, tick):
+    def prompt(self, pipeline, text, seed, tick):
         shape = self.shape(len(text))
         each = np.array(windows[seed], np.int8)[:, None, None, None]
         return search.Found(np.broadcast_to(each, shape), np.ones(shape[:-2]))
@@ -394,7 +394,7 @@ def test_searched_steps_leave_the_dense_run_as_it_is(pipeline):
     found = []
     for criterion in (FINE, late):
         plan = search.Search.start(pipeline.card, pipeline.card.settings(), criterion)
-        *_, last = plan.sample(pipeline.model, text, 7)
+        *_, last = plan.sample(pipeline, text, 7)
         found.append(last)
     # Step 4, with step 2 searched in tile order before it, or not; other runs differ by 1e-2.
     np.testing.assert_allclose(*found, atol=1e-5)
@@ -428,11 +428,11 @@ def test_an_interrupted_search_goes_on(pipeline, searched, tmp_path, monkeypatch
     folder, options = tmp_path / "masks.parts", {"criterion": FINE, "progress": False}
     real, calls = search.Search.prompt, []
 
-    def prompt(self, model, text, seed, tick):
+    def prompt(self, pipeline, text, seed, tick):
         calls.append(seed)
         if seed == 1 and len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, model, text, seed, tick)
+        return real(self, pipeline, text, seed, tick)
 
     monkeypatch.setattr(search.Search, "prompt", prompt)
     with pytest.raises(KeyboardInterrupt):

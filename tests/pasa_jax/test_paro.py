@@ -322,7 +322,7 @@ def test_a_calibration_is_the_mean_of_its_prompts(pipeline, calibrated):
         found = []
         for seed, prompt in enumerate(PROMPTS):
             text = pipeline.encode([prompt], "", 2.0)
-            states = list(plan.sample(pipeline.model, text, seed, recorder))
+            states = list(plan.sample(pipeline, text, seed, recorder))
             assert [state is not None for state in states] == [True, False, True]
             found.append([state for state in states if state is not None])
         return (np.stack(found[0]) + np.stack(found[1])) / np.float32(2)

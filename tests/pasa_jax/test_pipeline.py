@@ -13,7 +13,7 @@ from pasa_jax import pipeline as pipelines
 from pasa_jax.calibration import VelocityCurve
 from pasa_jax.models.wan import Wan, WanConfig
 from pasa_jax.pipeline import Pipeline, calibrate
-from pasa_jax.policies import Dense, Pasa
+from pasa_jax.policies import AdaSpa, Dense, Pasa
 from pasa_jax.sampling import make_schedule
 from pasa_jax.settings import Card, Settings, read_card, read_states
 
@@ -311,3 +311,17 @@ def test_bad_states_files_are_refused(tmp_path, pipeline, name, arrays, words):
 def test_load_of_a_pipeline_without_encoder(tiny_folder):
     pipe = Pipeline.load(tiny_folder / "transformer")
     assert pipe.text is None and pipe.codec is None
+
+
+def test_a_step_gives_the_memory_of_the_policys_state_to_the_next(pipeline, monkeypatch):
+    given, denoise = [], pipelines.denoise
+
+    def stepped(*args):
+        out = denoise(*args)
+        given.append([leaf.is_deleted() for leaf in jax.tree.leaves(args[6].state)])
+        return out
+
+    monkeypatch.setattr(pipelines, "denoise", stepped)
+    policy = AdaSpa(step_base=1, dense_prefix=0.4, density=0.5, block_q=4, block_kv=4)
+    pipeline.generate([WAVES], policy=policy, progress=False)
+    assert len(given) == 5 and all(all(leaves) and leaves for leaves in given)
