@@ -124,14 +124,9 @@ class VelocityCurve:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes JSON, beside the target first, so that no reader sees half a file."""
-        path = Path(path)
         text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(text + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic(Path(path)) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "VelocityCurve":
