@@ -43,10 +43,11 @@ def read_spiece(file: Path) -> Tokenizer:
     Raises:
         ValueError: a damaged file, or a kind of model that is not T5's.
     """
+    damaged = ValueError(f"{str(file)!r} must be a SentencePiece model, or is damaged")
     try:
         found = parse(file.read_bytes())
-    except (IndexError, ValueError, TypeError, AttributeError, struct.error):
-        raise ValueError(f"{str(file)!r} must be a SentencePiece model, or is damaged") from None
+    except (LookupError, ValueError, TypeError, AttributeError, struct.error):
+        raise damaged from None
     trainer, normalizer = found.trainer, found.normalizer
     spaces = normalizer.get(DUMMY_PREFIX, 1) and normalizer.get(REMOVE_SPACES, 1)
     if trainer.get(MODEL_TYPE, UNIGRAM) != UNIGRAM or trainer.get(SUFFIX_SPACE, 0) or not spaces:
@@ -58,7 +59,10 @@ def read_spiece(file: Path) -> Tokenizer:
     names = [piece for piece, _ in found.pieces]
     if missing := [name for name in SPECIAL if name not in names]:
         raise ValueError(f"{str(file)!r} must have the pieces {', '.join(missing)}, as T5's")
-    return _tokenizer(found)
+    try:
+        return _tokenizer(found)
+    except Exception:  # the library raises no narrower class
+        raise damaged from None
 
 
 def _tokenizer(found: Spiece) -> Tokenizer:
@@ -78,7 +82,7 @@ def _tokenizer(found: Spiece) -> Tokenizer:
 
 
 def parse(data: bytes) -> Spiece:
-    """The fields of a model file; raises IndexError, ValueError and the like where damaged."""
+    """The fields of a model file; raises LookupError, ValueError and the like where damaged."""
     pieces, specs = [], {TRAINER: {}, NORMALIZER: {}}
     for number, value in fields(data):
         if number == PIECES:
