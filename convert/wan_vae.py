@@ -146,8 +146,20 @@ def tables(config: WanVAEConfig) -> dict[str, tuple[Rule, ...]]:
     }
 
 
-# Keys of diffusers' config.json that the model does not vary.
-FIXED = {"attn_scales": [], "dropout": 0.0}
+# What diffusers takes for keys that a config.json lacks: Wan 2.1.
+PRESET = WanVAEConfig.wan_2_1()
+DEFAULTS = {
+    "base_dim": PRESET.encoder_dim,
+    "z_dim": PRESET.latent_channels,
+    "dim_mult": list(PRESET.multipliers),
+    "num_res_blocks": PRESET.blocks,
+    "temperal_downsample": list(PRESET.temporal),
+    "latents_mean": list(PRESET.latents_mean),
+    "latents_std": list(PRESET.latents_std),
+    "is_residual": False,
+    "in_channels": PRESET.channels,
+    "out_channels": PRESET.channels,
+}
 
 
 def transform_sizes(config: WanVAEConfig) -> dict[str, int]:
@@ -169,46 +181,40 @@ def read_config(config: Mapping[str, Any]) -> WanVAEConfig:
     name = config.get("_class_name")
     if name != "AutoencoderKLWan":
         raise ValueError(f"config.json describes {name!r}, must be 'AutoencoderKLWan'")
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"config.json has {key}={config[key]!r}, must be {value!r}")
-    preset = WanVAEConfig.wan_2_1()
+    if config.get("attn_scales"):
+        raise ValueError(f"config.json has attn_scales={config['attn_scales']!r}, must be empty")
+    config = {**DEFAULTS, **config}
     patch = check_size("patch_size", config.get("patch_size") or 1)
-    base = check_size("base_dim", config.get("base_dim", preset.encoder_dim))
-    multipliers = check_list("dim_mult", config.get("dim_mult", [1, 2, 4, 4]), int)
+    base = check_size("base_dim", config["base_dim"])
+    multipliers = check_list("dim_mult", config["dim_mult"], int)
     result = WanVAEConfig(
         channels=read_channels(config, patch),
         patch=patch,
-        latent_channels=check_size("z_dim", config.get("z_dim", preset.latent_channels)),
+        latent_channels=check_size("z_dim", config["z_dim"]),
         encoder_dim=base,
         decoder_dim=check_size("decoder_base_dim", config.get("decoder_base_dim") or base),
         multipliers=tuple(check_size("dim_mult", m) for m in multipliers),
-        temporal=check_list(
-            "temperal_downsample", config.get("temperal_downsample", list(preset.temporal)), bool
-        ),
-        blocks=check_size("num_res_blocks", config.get("num_res_blocks", preset.blocks)),
-        residual=check_list("is_residual", [config.get("is_residual", False)], bool)[0],
-        **{
-            key: check_list(key, config.get(key, list(getattr(preset, key))), float)
-            for key in ("latents_mean", "latents_std")
-        },
+        temporal=check_list("temperal_downsample", config["temperal_downsample"], bool),
+        blocks=check_size("num_res_blocks", config["num_res_blocks"]),
+        residual=check_list("is_residual", [config["is_residual"]], bool)[0],
+        latents_mean=check_list("latents_mean", config["latents_mean"], float),
+        latents_std=check_list("latents_std", config["latents_std"], float),
     )
-    strides = {
-        "scale_factor_spatial": result.spatial_stride,
-        "scale_factor_temporal": result.temporal_stride,
-    }
-    for key, stride in strides.items():
-        if (config.get(key) or stride) != stride:
-            raise ValueError(f"config.json has {key}={config[key]!r}, must be {stride}")
+    check_stride(config, "scale_factor_spatial", result.spatial_stride)
+    check_stride(config, "scale_factor_temporal", result.temporal_stride)
     return result
+
+
+def check_stride(config: Mapping[str, Any], key: str, stride: int) -> None:
+    """Refuses a stride that the levels do not make."""
+    if (config.get(key) or stride) != stride:
+        raise ValueError(f"config.json has {key}={config[key]!r}, must be {stride}")
 
 
 def read_channels(config: Mapping[str, Any], patch: int) -> int:
     """A frame's channels; config.json counts a patch's pixels as channels."""
     pixels = patch**2
-    inside, outside = (
-        check_size(key, config.get(key, 3)) for key in ("in_channels", "out_channels")
-    )
+    inside, outside = (check_size(key, config[key]) for key in ("in_channels", "out_channels"))
     if inside != outside or inside % pixels:
         raise ValueError(
             f"config.json has in_channels={inside}, out_channels={outside}, must be equal and a "

@@ -71,7 +71,7 @@ class WanVAEConfig:
             if len(getattr(self, name)) != self.latent_channels:
                 count = len(getattr(self, name))
                 raise ValueError(f"{name} has {count} values, must be {self.latent_channels=}")
-        if min(self.latents_std, default=0) <= 0:
+        if not all(std > 0 for std in self.latents_std):
             raise ValueError(f"{self.latents_std=} must be positive")
         if not self.residual and any(size % 2 for size in self.decoder_dims[1:-1]):
             raise ValueError(f"{self.decoder_dims=} must be even: upsampling halves the width")
@@ -85,6 +85,11 @@ class WanVAEConfig:
     def factor(self, level: int) -> int:
         """Pixels that an encoder's level makes one of."""
         return (8 if self.temporal[level] else 4) if level < len(self.temporal) else 1
+
+    @property
+    def num_layers(self) -> int:
+        """Residual blocks of all levels."""
+        return len(self.multipliers) * (2 * self.blocks + 1)
 
     @property
     def spatial_stride(self) -> int:
@@ -480,7 +485,7 @@ def check_video(config: WanVAEConfig, video) -> None:
     _, frames, rows, columns, channels = video.shape
     if channels != config.channels:
         raise ValueError(f"video has {channels=}, must be {config.channels=}")
-    if frames % config.temporal_stride != 1:
+    if (frames - 1) % config.temporal_stride:
         raise ValueError(f"video has {frames=}, must be 1 + a multiple of {config.temporal_stride}")
     if rows % config.spatial_stride or columns % config.spatial_stride:
         stride = config.spatial_stride
@@ -499,7 +504,7 @@ def in_chunks(step: Callable, x: Array, size: int, out_size: int) -> Array:
         The outputs along one axis of time, written in place: no second copy of the video.
     """
     y, past = step(x[:, :1], None)
-    count = x.shape[1] // size if size > 1 else x.shape[1] - 1
+    count = (x.shape[1] - 1) // size
     if count == 0:
         return y
     out = jnp.zeros((y.shape[0], 1 + count * out_size, *y.shape[2:]), y.dtype)
