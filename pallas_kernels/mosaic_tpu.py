@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ KEY_BLOCKS = (64, 128)
 # Keys a chunk: two chunks a loop body hide one's softmax behind the other's products.
 CHUNK_KEYS = 2048
 # Block means a step of the tail, in tiles of 128; the steps are unrolled.
-TAIL_TILES = 5
+TAIL_TILES = 4
 TUNABLE = {"chunk_keys": (512, 1024, 2048, 4096), "tail_tiles": (1, 2, 4, 5, 8)}
 # Words before a row's ids: its count, and the end of the valid keys.
 HEADER = 2
@@ -168,24 +169,28 @@ def _listed(words_ref: Any, tile: int) -> Array:
     return jnp.concatenate(pieces, axis=0)
 
 
+def _tail_scores(q: Array, tail: _Tail, words_ref: Any, tiles: range) -> Array:
+    """Base-2 logits [., P] of the block means of some tiles, MASKED where a block is listed."""
+    at = slice(tiles.start * LANES, tiles.stop * LANES)
+    penalty = jnp.concatenate([_listed(words_ref, tile) for tile in tiles], axis=0)
+    penalty = jnp.where(tail.length[at, :].astype(jnp.float32) > 0, penalty, MASKED)
+    return _dot(tail.mean[at, :], q, (1, 1)) + _fit(penalty, q.shape[0])
+
+
 def _add_tail(
-    state: _State, q: Array, tail: _Tail, words_ref: Any, tiles: range, config: _Config
+    state: _State, scores: Array, q: Array, tail: _Tail, tiles: range, config: _Config
 ) -> _State:
     """Adds the blocks of some tiles that are not listed; everything is transposed, [., block_q].
 
     Sums over a group of blocks then run along sublanes, where they are nearly free.
     """
     at = slice(tiles.start * LANES, tiles.stop * LANES)
-    length = tail.length[at, :].astype(jnp.float32)
-    penalty = jnp.concatenate([_listed(words_ref, tile) for tile in tiles], axis=0)
-    penalty = jnp.where(length > 0, penalty, MASKED)
-    scores = _dot(tail.mean[at, :], q, (1, 1)) + _fit(penalty, q.shape[0])
     top = jnp.maximum(state.top, jnp.max(scores, axis=0, keepdims=True))
     fade = jnp.exp2(state.top - top)
     weights = jnp.exp2(scores - top)
     out = state.out * fade + _dot(tail.value[:, at], weights.astype(q.dtype), (1, 0))
     mass = state.mass * fade
-    weights = weights * _fit(length, q.shape[0])
+    weights = weights * _fit(tail.length[at, :].astype(jnp.float32), q.shape[0])
     step = min(config.group, LANES)
     for start in range(0, weights.shape[0], step):
         total = jnp.sum(weights[start : start + step], axis=0, keepdims=True)
@@ -204,10 +209,14 @@ def _attend_tail(q: Array, tail: _Tail, words_ref: Any, config: _Config) -> _Sta
         jnp.zeros((1, rows), jnp.float32),
         jnp.zeros((h, rows), jnp.float32),
     )
-    tiles = tail.mean.shape[0] // LANES
-    for start in range(0, tiles, config.tail_tiles):
-        step = range(start, min(start + config.tail_tiles, tiles))
-        state = _add_tail(state, q, tail, words_ref, step, config)
+    tiles = range(tail.mean.shape[0] // LANES)
+    steps = [tiles[at : at + config.tail_tiles] for at in tiles[:: config.tail_tiles]]
+    following = _tail_scores(q, tail, words_ref, steps[0])
+    for step, after in itertools.zip_longest(steps, steps[1:]):
+        # One step ahead, so that the products run on while the softmax waits for its maximum.
+        scores = following
+        following = after and _tail_scores(q, tail, words_ref, after)
+        state = _add_tail(state, scores, q, tail, step, config)
     top, mass = (jnp.broadcast_to(x, (LANES, rows)).T for x in state[:2])
     return _State(top, mass, state.out.T)
 

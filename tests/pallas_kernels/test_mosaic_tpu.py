@@ -298,7 +298,7 @@ def test_refuses_what_does_not_fit_vmem():
 def test_options_reach_the_kernel(configure):
     shape = (64, 32760, 1, 64, 64, 96, 32, "bfloat16")
     usual = configure(*shape, options={})
-    assert (usual.slots, usual.tail_tiles) == (24, 5)
+    assert (usual.slots, usual.tail_tiles) == (24, 4)
     assert configure(*shape, options={"chunk_keys": 512}).slots == 8
     assert configure(*shape, options={"tail_tiles": 2}).tail_tiles == 2
 
