@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasa_jax.convert import checkpoint, rules, wan_vae
+from pasa_jax.convert import checkpoint, reader, rules, wan_vae
 from pasa_jax.models.wan_vae import Scale, WanVAEConfig, check_video, in_chunks, in_tiles
 
 ARRAYS = np.load(Path(__file__).parent.parent / "fixtures" / "wan_vae.npz")
@@ -30,6 +30,19 @@ CONFIGS = {
     "2_1": SMALL,
     "2_2": dataclasses.replace(SMALL, patch=2, decoder_dim=6, residual=True),
 }
+# The same in diffusers' words.
+BOTH = {
+    **{"base_dim": 4, "z_dim": 3, "dim_mult": [1, 2, 4, 2], "num_res_blocks": 1},
+    **{"latents_mean": [0.5, -1.0, 2.0], "latents_std": [0.25, 1.0, 3.0]},
+}
+DIFFUSERS = {
+    "2_1": BOTH,
+    "2_2": {
+        **BOTH,
+        **{"is_residual": True, "decoder_base_dim": 6, "scale_factor_spatial": 16},
+        **{"patch_size": 2, "in_channels": 12, "out_channels": 12},
+    },
+}
 # Unoptimised: these programs take seconds to compile and nothing to run.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 encode = jit(lambda model, video: model.encode(video))
@@ -45,20 +58,21 @@ def draw(shapes):
     }
 
 
+def fill(config, layout, read, dtype=jnp.float32):
+    """A model of the tensors that `read` makes of their names and shapes."""
+    abstract = wan_vae.abstract_model(config, dtype)
+    shapes, table = rules.flat_parameters(abstract), wan_vae.tables(config)[layout]
+    tensors = read(rules.expected_tensors(table, shapes, {}))
+    values = {}
+    for rule in table:
+        value = rule.forward(tensors[rule.name()], {})
+        values[rule.path] = jnp.asarray(value.astype(shapes[rule.path].dtype))
+    return checkpoint.with_parameters(abstract, values)
+
+
 def load(version, layout, dtype=jnp.float32):
     """The small model with the weights that the fixture's had."""
-    config = CONFIGS[version]
-    abstract = wan_vae.abstract_model(config, dtype)
-    shapes = wan_vae.flat_parameters(abstract)
-    table = wan_vae.tables(config)[layout]
-    weights = draw(rules.expected_tensors(table, shapes, {}))
-    values = {
-        rule.path: jnp.asarray(
-            rule.forward(weights[rule.name()], {}).astype(shapes[rule.path].dtype)
-        )
-        for rule in table
-    }
-    return checkpoint.with_parameters(abstract, values)
+    return fill(CONFIGS[version], layout, draw, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +89,12 @@ def inputs(config):
     return jnp.asarray(latents), jnp.asarray(video)
 
 
-def check(got, key):
+def check(got, want):
+    """Parity, of an array or of a name in the fixture."""
+    want = ARRAYS[want] if isinstance(want, str) else want
     # 1e-4 relative in f32, the promise; measured 1e-5 and less.
-    assert got.shape == ARRAYS[key].shape
-    assert np.abs(got - ARRAYS[key]).max() <= 1e-4 * np.abs(ARRAYS[key]).max()
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("version", list(CONFIGS))
@@ -93,6 +109,36 @@ def test_both_ways_are_the_originals(version, layout):
     decoded = decode(model, latents)
     assert decoded.shape == video.shape
     check(decoded[:, :, ::3, ::5], f"{version}:{layout}:video")
+
+
+@pytest.mark.parametrize("version", list(CONFIGS))
+def test_a_folder_saved_by_diffusers(tmp_path, torch, diffusers, version):
+    """A still image with zeros behind it, as for image-to-video, and latents back to a video.
+
+    Of the shapes above, so that it compiles nothing.
+    """
+    torch.manual_seed(0)
+    original = diffusers.AutoencoderKLWan(**DIFFUSERS[version]).eval()
+    with torch.no_grad():  # norms begin as ones, which hide mistakes
+        for parameter in original.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    original.save_pretrained(tmp_path)
+    source = reader.open_source(tmp_path)
+    assert wan_vae.read_config(source.config) == CONFIGS[version]
+    tensors = {name: entry.read() for name, entry in source.entries.items()}
+    model = fill(CONFIGS[version], "diffusers", lambda shapes: tensors)
+
+    latents, video = inputs(model.config)
+    video = video.at[:, 1:].set(0)
+
+    def call(function, x):
+        with torch.no_grad():
+            return function(torch.tensor(np.asarray(x)).permute(0, 4, 1, 2, 3))
+
+    mean = call(original.encode, video).latent_dist.mode()
+    check(encode(model, video)[0], mean.permute(0, 2, 3, 4, 1).numpy())
+    decoded = call(original.decode, latents).sample
+    check(decode(model, latents), decoded.permute(0, 2, 3, 4, 1).numpy())
 
 
 def test_tiled_frames_are_diffusers():
@@ -199,7 +245,7 @@ def test_bfloat16_is_close_to_float32():
 
 def test_only_norms_are_kept_in_float32():
     abstract = wan_vae.abstract_model(SMALL, jnp.bfloat16)
-    for path, leaf in wan_vae.flat_parameters(abstract).items():
+    for path, leaf in rules.flat_parameters(abstract).items():
         assert leaf.dtype == (jnp.float32 if path.endswith("scale") else jnp.bfloat16), path
 
 
@@ -216,7 +262,7 @@ def test_normalised_latents(model):
     ids=["2_1", "2_2"],
 )
 def test_presets_have_the_published_size(config, millions, strides):
-    leaves = wan_vae.flat_parameters(wan_vae.abstract_model(config, jnp.float32)).values()
+    leaves = rules.flat_parameters(wan_vae.abstract_model(config, jnp.float32)).values()
     assert round(sum(int(np.prod(leaf.shape)) for leaf in leaves) / 1e6, 1) == millions
     assert (config.temporal_stride, config.spatial_stride) == strides
 
