@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,19 @@ from flax import nnx, traverse_util
 from tqdm import tqdm
 
 from pasa_jax.convert import wan
-from pasa_jax.convert.reader import FLOATS, STEM, Source, open_source, read_json
-from pasa_jax.convert.rules import Parameter, assign, best_table, to_tensors
+from pasa_jax.convert.components import (
+    COMPONENTS,
+    Component,
+    architecture,
+    config_record,
+    identify,
+    names_known,
+    read_record,
+)
+from pasa_jax.convert.reader import FLOATS, STEM, open_source, read_json
+from pasa_jax.convert.rules import Parameter, assign, best_table, flat_parameters, to_tensors
 from pasa_jax.convert.writer import CONFIG, PARAMS, write_checkpoint
-from pasa_jax.models.wan import Wan, WanConfig
+from pasa_jax.models.wan import Wan
 
 FORMAT = "pasa-jax checkpoint 1"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,7 +39,8 @@ class Conversion:
 
     Attributes:
         source: the checkpoint's folder or file.
-        layout: "diffusers" or "original", by the tensors' names.
+        component: what it holds.
+        layout: "diffusers", "transformers" or "original", by the tensors' names.
         config: the architecture.
         dtype: of the parameters that may be rounded; time embedding, norms, modulation and head
             are float32 always, as the original computes them.
@@ -39,8 +49,9 @@ class Conversion:
     """
 
     source: Path
+    component: Component
     layout: str
-    config: WanConfig
+    config: Any
     dtype: str
     files: int
     tensors: int
@@ -54,12 +65,17 @@ class Conversion:
     def __str__(self) -> str:
         kept = sum(p.nbytes for p in self.parameters.values() if p.dtype.name != self.dtype)
         return (
-            f"{self.source}: Wan in {self.layout} layout, {self.config.num_layers} layers of "
-            f"width {self.config.dim}; {self.files} file(s), {self.tensors} tensors, "
-            f"{self.read_bytes:,} bytes\n"
+            f"{self.source}: {self.component.name} in {self.layout} layout{self._size()}; "
+            f"{self.files} file(s), {self.tensors} tensors, {self.read_bytes:,} bytes\n"
             f"→ {len(self.parameters)} parameters in {self.dtype}, {self.written_bytes:,} bytes"
             + (f", {kept:,} of them kept in float32" if kept else "")
         )
+
+    def _size(self) -> str:
+        """Depth and width, where the model has one width."""
+        if not hasattr(self.config, "dim"):
+            return ""
+        return f", {self.config.num_layers} layers of width {self.config.dim}"
 
 
 def convert_checkpoint(
@@ -70,7 +86,7 @@ def convert_checkpoint(
     dry_run: bool = False,
     progress: bool = True,
 ) -> Conversion:
-    """Converts a PyTorch checkpoint of Wan 2.1 to an Orbax checkpoint, a tensor at a time.
+    """Converts one model of PyTorch to an Orbax checkpoint, a tensor at a time.
 
     Args:
         src: a folder in diffusers layout (the transformer's or the pipeline's), a folder in the
@@ -99,14 +115,19 @@ def convert_checkpoint(
     if progress:
         print(plan, f"\n→ {target}" + (" (dry run: nothing written)" if dry_run else ""), sep="")
     if not dry_run:
-        meta = {"format": FORMAT, "model": "Wan", "dtype": plan.dtype, "layout": plan.layout}
-        meta["config"] = dataclasses.asdict(plan.config)
         with byte_bar(plan.read_bytes, "converting", progress) as bar:
-            write_checkpoint(target, plan.parameters, meta, bar.update)
+            write_conversion(target, plan, bar.update)
     return plan
 
 
-def load_model(path: str | Path, dtype: Any = None) -> Wan:
+def write_conversion(target: Path, plan: Conversion, on_read: Callable[[int], Any]) -> None:
+    """Writes what was planned; `on_read` is told the bytes of each tensor."""
+    meta = {"format": FORMAT, "model": plan.component.name, "dtype": plan.dtype}
+    meta |= {"layout": plan.layout, "config": config_record(plan.config)}
+    write_checkpoint(target, plan.parameters, meta, on_read)
+
+
+def load_model(path: str | Path, dtype: Any = None) -> nnx.Module:
     """Loads a model with its parameters on the default device.
 
     Args:
@@ -129,7 +150,7 @@ def load_model(path: str | Path, dtype: Any = None) -> Wan:
         name: jnp.asarray(parameter.array(lambda nbytes: None))
         for name, parameter in plan.parameters.items()
     }
-    return with_parameters(wan.abstract_model(plan.config, plan.dtype), values)
+    return with_parameters(plan.component.rules.abstract_model(plan.config, plan.dtype), values)
 
 
 def export_diffusers(model: Wan, folder: str | Path) -> None:
@@ -144,7 +165,7 @@ def export_diffusers(model: Wan, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = to_tensors(
-        wan.flat_parameters(model), wan.TABLES["diffusers"], wan.transform_sizes(model.config)
+        flat_parameters(model), wan.TABLES["diffusers"], wan.transform_sizes(model.config)
     )
     save_file(tensors, folder / f"{STEM}.safetensors", metadata={"format": "pt"})
     config = wan.diffusers_config(model.config)
@@ -157,24 +178,25 @@ def plan_conversion(src: Path, dtype: Any) -> Conversion:
     if is_converted(src):
         raise ValueError(f"{str(src)!r} is converted already, must be a PyTorch checkpoint")
     source = open_source(src)
-    best = best_table(source.entries, wan.TABLES)
-    if best is None:
-        first = next(iter(source.entries), "none")
-        raise ValueError(
-            f"{str(src)!r} has no tensor of a Wan transformer among its {len(source.entries)}; "
-            f"the first is {first!r}"
-        )
-    layout, rules = best
+    component = identify(source)
+    first = next(iter(source.entries), "none")
+    among = f"among its {len(source.entries)}; the first is {first!r}"
+    if component is None or not names_known(component, source.entries):
+        sought = ", ".join(COMPONENTS) if component is None else component.name
+        raise ValueError(f"{str(src)!r} has no tensor of {sought} {among}")
+    convert = component.rules
     try:
-        config = find_config(source)
-        shapes = wan.flat_parameters(wan.abstract_model(config, jnp.bfloat16))
-        sizes = wan.transform_sizes(config)
-        parameters = assign(source.entries, rules, wan.IGNORED, shapes, sizes)
+        config = architecture(component, source)
+        layout, rules = best_table(source.entries, convert.tables(config))
+        shapes = flat_parameters(convert.abstract_model(config, jnp.bfloat16))
+        sizes = convert.transform_sizes(config)
+        parameters = assign(source.entries, rules, convert.IGNORED, shapes, sizes)
     except ValueError as error:
         raise ValueError(f"{str(src)!r}: {error}") from None
     name = target_dtype or stored_dtype(parameters)
     return Conversion(
         source=source.path,
+        component=component,
         layout=layout,
         config=config,
         dtype=name,
@@ -183,18 +205,6 @@ def plan_conversion(src: Path, dtype: Any) -> Conversion:
         read_bytes=sum(e.nbytes for p in parameters.values() for e in p.entries),
         parameters={path: rounded(p, name) for path, p in parameters.items()},
     )
-
-
-def find_config(source: Source) -> WanConfig:
-    """The architecture: from config.json, or a preset if its sizes match."""
-    if source.config is None:
-        if preset := wan.preset_of(source.entries):
-            return preset
-        raise ValueError("no config.json beside it, and not of the size of a released model")
-    config = wan.read_config(source.config)
-    if config.num_layers > len(source.entries):  # before anything is listed by layers
-        raise ValueError(f"{config.num_layers=} in config.json, but {len(source.entries)} tensors")
-    return config
 
 
 def check_dtype(dtype: Any) -> str:
@@ -251,35 +261,38 @@ def is_converted(path: Path) -> bool:
     return config.is_file() and read_json(config).get("format") == FORMAT
 
 
-def read_converted_config(path: Path) -> tuple[WanConfig, str]:
-    """Architecture and stored dtype of a converted folder.
+def read_converted_config(path: Path) -> tuple[Component, Any, str]:
+    """Kind, architecture and stored dtype of a converted folder.
 
     Raises:
         ValueError: its config.json is not what `convert_checkpoint` writes.
     """
     meta = read_json(path / CONFIG)
-    config = meta.get("config")
-    names = {field.name for field in dataclasses.fields(WanConfig)}
-    if not isinstance(config, dict) or set(config) != names or "dtype" not in meta:
-        raise ValueError(f"{str(path / CONFIG)!r} must hold a dtype and {', '.join(sorted(names))}")
-    if not isinstance(config["patch"], list) or len(config["patch"]) != 3:
-        raise ValueError(f"config.json has patch={config['patch']!r}, must be three integers")
-    patch = tuple(wan.check_size("patch", p) for p in config["patch"])
-    sizes = {k: wan.check_size(k, config[k]) for k in names - {"patch", "eps"}}
-    eps = wan.check_eps(config["eps"])
-    return WanConfig(patch=patch, eps=eps, **sizes), check_dtype(meta["dtype"])
+    if meta.get("model") not in COMPONENTS or "dtype" not in meta:
+        known = ", ".join(COMPONENTS)
+        raise ValueError(f"{str(path / CONFIG)!r} must hold a dtype and a model, one of {known}")
+    component = COMPONENTS[meta["model"]]
+    try:
+        return (
+            component,
+            read_record(component.config, meta.get("config")),
+            check_dtype(meta["dtype"]),
+        )
+    except ValueError as error:
+        raise ValueError(f"{str(path / CONFIG)!r}: {error}") from None
 
 
-def load_converted(path: Path, dtype: Any) -> Wan:
+def load_converted(path: Path, dtype: Any) -> nnx.Module:
     """Restores a converted folder through Orbax, cast on the way."""
-    config, stored = read_converted_config(path)
+    component, config, stored = read_converted_config(path)
     if not (path / PARAMS).is_dir():
         raise ValueError(f"{str(path)!r} has no {PARAMS}/ and must be converted again")
-    model = wan.abstract_model(config, check_dtype(stored if dtype is None else dtype))
+    dtype = check_dtype(stored if dtype is None else dtype)
+    model = component.rules.abstract_model(config, dtype)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
         key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for key, leaf in wan.flat_parameters(model).items()
+        for key, leaf in flat_parameters(model).items()
     }
     with ocp.StandardCheckpointer() as checkpointer:
         try:

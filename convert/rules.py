@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from einops import rearrange
+from flax import nnx
 
 from pasa_jax.convert.reader import FLOATS, Entry
 
@@ -91,16 +92,23 @@ class Parameter:
         return out
 
 
+def flat_parameters(model: nnx.Module) -> dict[str, Any]:
+    """The model's parameters, or their shapes, by path."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): variable.get_value() for path, variable in state}
+
+
 def best_table(
     entries: Mapping[str, Entry], tables: Mapping[str, tuple[Rule, ...]]
-) -> tuple[str, tuple[Rule, ...]] | None:
-    """The table that knows most of the names, with its own name; None if none knows any."""
-    scores = {
-        layout: sum(match(rules, name) is not None for name in entries)
-        for layout, rules in tables.items()
-    }
-    layout = max(scores, key=lambda layout: scores[layout])
-    return (layout, tables[layout]) if scores[layout] else None
+) -> tuple[str, tuple[Rule, ...]]:
+    """The table that knows most of the names, with its own name."""
+    layout = max(tables, key=lambda layout: known_names(entries, tables[layout]))
+    return layout, tables[layout]
+
+
+def known_names(entries: Mapping[str, Entry], rules: tuple[Rule, ...]) -> int:
+    """How many of the tensors' names a table has."""
+    return sum(match(rules, name) is not None for name in entries)
 
 
 def match(rules: tuple[Rule, ...], name: str) -> tuple[Rule, int | None] | None:

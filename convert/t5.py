@@ -90,6 +90,12 @@ SIZES = {
 # Left out of older config.json files, whose encoders all have these values.
 DEFAULTS = {"relative_attention_max_distance": 128, "feed_forward_proj": "relu"}
 BIAS_PER_LAYER = {"t5": False, "umt5": True}  # by model_type
+PRESET = T5Config.umt5_xxl()
+
+
+def describes(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a T5 or UMT5."""
+    return config.get("model_type") in BIAS_PER_LAYER
 
 
 def tables(config: T5Config) -> dict[str, tuple[Rule, ...]]:

@@ -80,6 +80,10 @@ IGNORED = (
     r"freqs",
 )
 
+PRESET = WanConfig.t2v_1_3b()
+CLASSES = ("WanTransformer3DModel", "WanModel")
+MODEL_TYPES = ("t2v", "i2v", "flf2v", "vace", "ti2v", "s2v")  # of the original's config.json
+
 # The sizes of a config.json by our names, for each dialect.
 DIFFUSERS_SIZES = {
     "in_channels": "in_channels",
@@ -121,6 +125,11 @@ ORIGINAL_FIXED = {
 }
 
 
+def tables(config: WanConfig) -> dict[str, tuple[Rule, ...]]:
+    """The rules of both layouts, the same for every architecture."""
+    return TABLES
+
+
 def transform_sizes(config: WanConfig) -> dict[str, int]:
     """Lengths of the axes that the transforms name."""
     pf, py, px = config.patch
@@ -132,10 +141,9 @@ def abstract_model(config: WanConfig, dtype: Any) -> Wan:
     return nnx.eval_shape(lambda: Wan(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
 
 
-def flat_parameters(model: nnx.Module) -> dict[str, Any]:
-    """The model's parameters, or their shapes, by path."""
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {"/".join(map(str, path)): variable.get_value() for path, variable in state}
+def describes(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this model or of a near relative, in either dialect."""
+    return config.get("_class_name") in CLASSES or config.get("model_type") in MODEL_TYPES
 
 
 def read_config(config: Mapping[str, Any]) -> WanConfig:

@@ -8,10 +8,8 @@ from flax import nnx
 
 from pasa_jax.convert.reader import Entry
 from pasa_jax.convert.rules import Rule
-from pasa_jax.convert.wan import VECTOR, check_size, flat_parameters
+from pasa_jax.convert.wan import VECTOR, check_size
 from pasa_jax.models.wan_vae import WanVAE, WanVAEConfig
-
-__all__ = ["IGNORED", "abstract_model", "flat_parameters", "read_config", "tables"]
 
 VIDEO_CONV = "o i t y x -> t y x i o"
 FRAME_CONV = "o i y x -> y x i o"
@@ -160,6 +158,11 @@ DEFAULTS = {
     "in_channels": PRESET.channels,
     "out_channels": PRESET.channels,
 }
+
+
+def describes(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this model."""
+    return config.get("_class_name") == "AutoencoderKLWan"
 
 
 def transform_sizes(config: WanVAEConfig) -> dict[str, int]:

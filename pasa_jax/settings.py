@@ -219,10 +219,15 @@ def _read_config(folder: Path) -> WanConfig:
 
     try:
         if is_converted(folder):
-            return read_converted_config(folder)[0]
-        return plan_conversion(folder, None).config
+            component, config, _ = read_converted_config(folder)
+        else:
+            plan = plan_conversion(folder, None)
+            component, config = plan.component, plan.config
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model={str(folder)!r} must be a checkpoint of Wan: {error}") from error
+    if component.config is not WanConfig:
+        raise ValueError(f"model={str(folder)!r} holds {component.name}, must be Wan's transformer")
+    return config
 
 
 # What damaged or hostile array files make numpy raise.

@@ -36,7 +36,7 @@ def model(config):
     abstract = wan.abstract_model(config, jnp.float32)
     values = {
         path: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-        for path, leaf in wan.flat_parameters(abstract).items()
+        for path, leaf in rules.flat_parameters(abstract).items()
     }
     return checkpoint.with_parameters(abstract, values)
 
@@ -44,7 +44,7 @@ def model(config):
 @pytest.fixture(scope="session")
 def tensors(model, config):
     """The model's checkpoint by layout: the table's inverse."""
-    parameters = wan.flat_parameters(model)
+    parameters = rules.flat_parameters(model)
     sizes = wan.transform_sizes(config)
     return {
         layout: rules.to_tensors(parameters, table, sizes) for layout, table in wan.TABLES.items()

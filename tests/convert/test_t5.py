@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasa_jax.convert import checkpoint, reader, rules, t5, wan
+from pasa_jax.convert import checkpoint, reader, rules, t5
 from pasa_jax.models.t5 import T5Config, bucket
 
 SMALL = T5Config(
@@ -51,7 +51,7 @@ def entries_of(tensors):
 
 
 def assign(entries, config, layout="transformers", dtype="float32"):
-    shapes = wan.flat_parameters(t5.abstract_model(config, dtype))
+    shapes = rules.flat_parameters(t5.abstract_model(config, dtype))
     table, sizes = t5.tables(config)[layout], t5.transform_sizes(config)
     return rules.assign(entries, table, t5.IGNORED, shapes, sizes)
 
@@ -71,7 +71,7 @@ def random_values():
 
     def draw(config):
         random = np.random.default_rng(0)
-        shapes = wan.flat_parameters(t5.abstract_model(config, "float32"))
+        shapes = rules.flat_parameters(t5.abstract_model(config, "float32"))
         return {
             path: random.normal(size=leaf.shape).astype(np.float32) for path, leaf in shapes.items()
         }

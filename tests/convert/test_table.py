@@ -30,7 +30,7 @@ def entries_of(tensors):
 @pytest.fixture
 def assign(config):
     def call(entries, layout="diffusers"):
-        shapes = wan.flat_parameters(wan.abstract_model(config, jnp.float32))
+        shapes = rules.flat_parameters(wan.abstract_model(config, jnp.float32))
         sizes = wan.transform_sizes(config)
         return rules.assign(entries, wan.TABLES[layout], wan.IGNORED, shapes, sizes)
 
@@ -52,7 +52,7 @@ def test_every_rule_matches_its_own_names_alone(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inverse_then_table_gives_the_parameters(layout, model, tensors, assign):
     filled = assign(entries_of(tensors[layout]), layout)
-    want = wan.flat_parameters(model)
+    want = rules.flat_parameters(model)
     assert filled.keys() == want.keys()
     read = []
     for path, parameter in filled.items():
@@ -176,7 +176,7 @@ def test_missing_config_keys_are_named_together(configs):
 @pytest.mark.parametrize("preset", [WanConfig.t2v_1_3b(), WanConfig.t2v_14b()], ids=["1_3b", "14b"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_presets_are_known_by_their_tensors(preset, layout):
-    shapes = wan.flat_parameters(wan.abstract_model(preset, jnp.bfloat16))
+    shapes = rules.flat_parameters(wan.abstract_model(preset, jnp.bfloat16))
     table, sizes = wan.TABLES[layout], wan.transform_sizes(preset)
     expected = rules.expected_tensors(table, shapes, sizes)
     entries = {name: reader.Entry(shape, "BF16", 0, np.zeros) for name, shape in expected.items()}

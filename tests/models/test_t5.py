@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pasa_jax.convert import rules, t5, wan
+from pasa_jax.convert import rules, t5
 from pasa_jax.models.t5 import T5Config, T5Encoder, bucket
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -40,7 +40,7 @@ def encode(model, ids, lengths):
 def filled(config, layout="transformers"):
     """The f32 model whose parameters make_t5.py drew: in order of the layout's names."""
     model = t5.abstract_model(config, jnp.float32)
-    shapes = wan.flat_parameters(model)
+    shapes = rules.flat_parameters(model)
     table, sizes = t5.tables(config)[layout], t5.transform_sizes(config)
     random = np.random.RandomState(0)
     names = sorted(rules.expected_tensors(table, shapes, sizes).items())
@@ -84,6 +84,13 @@ def test_states_are_the_originals(case, models, ids, stored):
     assert np.abs((got - want) * own).max() < 2e-5 * np.abs(want).max()
 
 
+def test_original_layout_has_the_originals_names(stored):
+    config = CONFIGS["umt5"]
+    shapes = wan.flat_parameters(t5.abstract_model(config, jnp.float32))
+    names = rules.expected_tensors(t5.tables(config)["original"], shapes, {})
+    assert sorted(names) == stored["names:original"].tolist()
+
+
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_padding_does_not_reach_a_texts_own_tokens(kind, models, ids):
     model = models[kind]
@@ -115,7 +122,7 @@ def test_bfloat16_is_close_to_float32(models, ids):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_parameters_keep_their_types(dtype):
     model = nnx.eval_shape(lambda: T5Encoder(CONFIGS["umt5"], dtype=dtype, rngs=nnx.Rngs(0)))
-    for path, leaf in wan.flat_parameters(model).items():
+    for path, leaf in rules.flat_parameters(model).items():
         kept = "norm" in path or "bias" in path
         assert leaf.dtype == (jnp.float32 if kept else dtype), path
 
@@ -131,7 +138,7 @@ def test_parameters_keep_their_types(dtype):
     ids=["t5", "umt5"],
 )
 def test_released_sizes(preset, parameters, bias):
-    flat = wan.flat_parameters(nnx.eval_shape(lambda: T5Encoder(preset, rngs=nnx.Rngs(0))))
+    flat = rules.flat_parameters(nnx.eval_shape(lambda: T5Encoder(preset, rngs=nnx.Rngs(0))))
     assert sum(leaf.size for leaf in flat.values()) == parameters
     assert {path: leaf.shape for path, leaf in flat.items() if "bias" in path} == bias
 

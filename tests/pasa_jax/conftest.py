@@ -14,13 +14,13 @@ def random_model(config):
     """Weights large enough that prompt, noise and attention all show in the output."""
     import jax.numpy as jnp
 
-    from pasa_jax.convert import checkpoint, wan
+    from pasa_jax.convert import checkpoint, rules, wan
 
     rng = np.random.default_rng(0)
     model = wan.abstract_model(config, jnp.float32)
     values = {
         path: jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[-1]), jnp.float32)
-        for path, leaf in wan.flat_parameters(model).items()
+        for path, leaf in rules.flat_parameters(model).items()
     }
     return checkpoint.with_parameters(model, values)
 
