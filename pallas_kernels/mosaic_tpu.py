@@ -434,6 +434,8 @@ def _vmem_bytes(config: _Config, k: Array, tail: tuple[Any, ...]) -> tuple[int, 
             * max(x.shape[-1], LANES)
         )
     rows_held = rows * (padded * (4 * size + 4) + 2 * LANES * 4)  # q and output twice, and state
+    if tail:
+        rows_held += 4 * rows * LANES * config.tail_tiles  # the scores one step ahead
     # What the compiler got by with, found by halves, lies 0.1 to 3 MiB below, over all head sizes
     # and types; a float32 product of several passes takes its share for every 128 channels.
     passes = 1 + padded // LANES if size == 4 else 1
