@@ -9,5 +9,14 @@ from pasa_jax.convert.checkpoint import (
     export_diffusers,
     load_model,
 )
+from pasa_jax.convert.pipeline import PipelineConversion, convert_pipeline, find_parts
 
-__all__ = ["Conversion", "convert_checkpoint", "export_diffusers", "load_model"]
+__all__ = [
+    "Conversion",
+    "PipelineConversion",
+    "convert_checkpoint",
+    "convert_pipeline",
+    "export_diffusers",
+    "find_parts",
+    "load_model",
+]

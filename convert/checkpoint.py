@@ -282,6 +282,14 @@ def read_converted_config(path: Path) -> tuple[Component, Any, str]:
         raise ValueError(f"{str(path / CONFIG)!r}: {error}") from None
 
 
+def peek(path: Path) -> tuple[Any, str]:
+    """Architecture and dtype of a folder or file that `load_model` takes; reads no weights."""
+    if is_converted(path):
+        return read_converted_config(path)[1:]
+    plan = plan_conversion(path, None)
+    return plan.config, plan.dtype
+
+
 def load_converted(path: Path, dtype: Any) -> nnx.Module:
     """Restores a converted folder through Orbax, cast on the way."""
     component, config, stored = read_converted_config(path)

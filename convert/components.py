@@ -45,13 +45,21 @@ COMPONENTS = {
 
 
 def identify(source: Source) -> Component | None:
-    """The kind of model, by config.json, else by the tensors' names; None if it is none of them."""
-    for component in COMPONENTS.values():
-        if source.config is not None and component.rules.describes(source.config):
-            return component
+    """The kind of model, by the tensors' names, else by config.json; None if it is none of them.
+
+    Names go first: a file may lie beside another model's config.json.
+    """
     known = {name: names_known(one, source.entries) for name, one in COMPONENTS.items()}
     best = max(known, key=lambda name: known[name])
-    return COMPONENTS[best] if known[best] else None
+    if known[best]:
+        return COMPONENTS[best]
+    return next((one for one in COMPONENTS.values() if config_of(one, source)), None)
+
+
+def config_of(component: Component, source: Source) -> dict[str, Any] | None:
+    """The config.json, where it is of this kind of model."""
+    described = source.config is not None and component.rules.describes(source.config)
+    return source.config if described else None
 
 
 def names_known(component: Component, entries: Mapping[str, Entry]) -> int:
@@ -66,11 +74,14 @@ def architecture(component: Component, source: Source) -> Any:
     Raises:
         ValueError: no configuration, or one that the model does not implement.
     """
-    if source.config is None:
+    told = config_of(component, source)
+    if told is None:
         if preset := component.rules.preset_of(source.entries):
             return preset
+        if source.config is not None and source.path.is_dir():
+            component.rules.read_config(source.config)  # says what it is instead
         raise ValueError("no config.json beside it, and not of the size of a released model")
-    config = component.rules.read_config(source.config)
+    config = component.rules.read_config(told)
     if config.num_layers > len(source.entries):  # before anything is listed by layers
         raise ValueError(f"{config.num_layers=} in config.json, but {len(source.entries)} tensors")
     return config

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 STEM = "diffusion_pytorch_model"  # of the published files, in both layouts
+ENCODER_STEMS = ("model", "pytorch_model")  # of text encoders' files
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
@@ -76,12 +77,15 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights; safetensors before pickles."""
     for suffix in SUFFIXES:
         indices = sorted(folder.glob(f"{STEM}*{suffix}.index.json"))
+        indices += encoder_files(folder, f"{suffix}.index.json")
         if len(indices) > 1:
             raise ValueError(f"{str(folder)!r} has {len(indices)} indices, it must have one")
         if indices:
             return shard_files(indices[0])
         if files := sorted(folder.glob(f"{STEM}*{suffix}")):
             return files
+        if files := encoder_files(folder, suffix):
+            return files[:1]
     files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
     if len(files) == 1:
         return files
@@ -89,6 +93,12 @@ def weight_files(folder: Path) -> list[Path]:
         f"{str(folder)!r} is no checkpoint: it must hold {STEM}.safetensors, its shards with an "
         f"index, or one {', '.join(SUFFIXES)} file; it has {len(files)} such files"
     )
+
+
+def encoder_files(folder: Path, suffix: str) -> list[Path]:
+    """A text encoder's file of that ending, under the names that transformers gives it."""
+    files = [folder / f"{stem}{suffix}" for stem in ENCODER_STEMS]
+    return [file for file in files if file.is_file()]
 
 
 def shard_files(index: Path) -> list[Path]:

@@ -146,7 +146,7 @@ def compare(
     chosen = pipeline.card.settings(**settings)
     entries = _entries(pipeline, chosen, policies, cache)
     pairs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
-    still = _still_pixels(prompts) if pipeline.card.complete else None
+    still = _still_pixels(prompts) if pipeline.card.scenes else None
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
         job = dict(

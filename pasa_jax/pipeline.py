@@ -38,6 +38,13 @@ class TextEncoder(Protocol):
 
 
 @runtime_checkable
+class Droppable(Protocol):
+    """What can free its weights' memory and load them again when they are needed."""
+
+    def drop(self) -> None: ...
+
+
+@runtime_checkable
 class Codec(Protocol):
     """Latents to video, RGB in 0..1."""
 
@@ -80,7 +87,8 @@ class Pipeline:
     Attributes:
         card: the checkpoint's facts and default settings.
         model: latents, timestep and text states to velocity, as `models.wan.Wan`.
-        text: None where prompts must come as states.
+        text: None where prompts must come as states. A large one's weights are dropped before
+            sampling starts.
         codec: None where a run ends in latents.
     """
 
@@ -105,12 +113,29 @@ class Pipeline:
         from pasa_jax.convert import load_model
         from pasa_jax.models.tiny import codec, text
 
-        if not card.complete:
-            return cls(card, load_model(card.folder, dtype), None, None)
+        if not card.scenes:
+            return cls._load_wan(card, dtype)
         model, words = card.folder / "transformer", card.folder / "text_encoder"
         return cls(
             card, load_model(model, dtype), text.load(words), codec.load(card.folder / "vae")
         )
+
+    @classmethod
+    def _load_wan(cls, card: Card, dtype: Any) -> "Pipeline":
+        """A checkpoint of Wan with the parts that are there."""
+        from pasa_jax.convert import find_parts, load_model
+        from pasa_jax.parts import load_decoder, load_text_encoder
+
+        parts = find_parts(card.folder) if card.folder.is_dir() else None
+        if parts is None:
+            return cls(card, load_model(card.folder, dtype), None, None)
+        paths, text, codec = parts.paths, None, None
+        if card.has_text:
+            folders = paths["text_encoder"], paths["tokenizer"]
+            text = load_text_encoder(*folders, card.config.text_len)
+        if card.has_video:
+            codec = load_decoder(paths["vae"])
+        return cls(card, load_model(paths["transformer"], dtype), text, codec)
 
     def generate(
         self,
@@ -161,6 +186,8 @@ class Pipeline:
         policy = default_policy(self.card, chosen) if policy is None else policy
         check_policy(policy, self.card, chosen, curve)
         text = self.encode(prompts, negative_prompt, chosen.guidance, states, negative_states)
+        if isinstance(self.text, Droppable):
+            self.text.drop()
         mean = None if curve is None else curve.mean
         latents, record = self.sample(text, seeds, policy, chosen, mean, progress, observe, cache)
         frames = None if self.codec is None else to_frames(self.codec.decode(latents))

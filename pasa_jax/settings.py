@@ -50,8 +50,9 @@ class Card:
         config: the transformer's architecture.
         cell: frames, rows and columns of the video that one latent cell holds.
         causal: the first frame has a latent frame of its own, as in Wan's VAE.
-        complete: text encoder and codec are there; otherwise prompts come as states and a run
-            ends in latents.
+        scenes: the model is tiny, whose prompts have a grammar and whose videos can be checked.
+        has_text: a text encoder is there; otherwise prompts come as states.
+        has_video: a decoder is there; otherwise a run ends in latents.
         fps: frames a second of the written video.
         defaults: settings where none are asked for.
     """
@@ -61,7 +62,9 @@ class Card:
     config: WanConfig
     cell: tuple[int, int, int]
     causal: bool
-    complete: bool
+    scenes: bool
+    has_text: bool
+    has_video: bool
     fps: float
     defaults: Settings
 
@@ -190,7 +193,7 @@ def _tiny_card(folder: Path) -> Card:
     guidance = _read_number(folder / "model_index.json", "guidance_scale", float)
     shift = _read_number(folder / "scheduler" / "scheduler_config.json", "flow_shift", float)
     defaults = Settings(steps, shift, guidance, "unipc", 16, 128, 128)
-    return Card("tiny", folder, config, (4, 4, 4), False, True, 8.0, defaults)
+    return Card("tiny", folder, config, (4, 4, 4), False, True, True, True, 8.0, defaults)
 
 
 def _read_number(file: Path, key: str, kind: type) -> Any:
@@ -205,28 +208,44 @@ def _read_number(file: Path, key: str, kind: type) -> Any:
 
 
 def _wan_card(folder: Path) -> Card:
-    """Defaults are those the published code recommends for the two sizes."""
-    config = _read_config(folder)
+    """Defaults are those the published code recommends for the two sizes; the folder's shift."""
+    from pasa_jax.convert import find_parts
+
+    try:
+        parts = find_parts(folder) if folder.is_dir() else None
+    except ValueError as error:
+        raise ValueError(f"model={str(folder)!r}: {error}") from error
+    config = _read_config(folder if parts is None else parts.paths["transformer"])
     if config.dim <= WanConfig.t2v_1_3b().dim:
         defaults = Settings(50, 8.0, 6.0, "unipc", 81, 832, 480)
     else:
         defaults = Settings(50, 5.0, 5.0, "unipc", 81, 1280, 720)
-    return Card(folder.resolve().name, folder, config, (4, 8, 8), True, False, 16.0, defaults)
+    if parts is not None and parts.shift is not None:
+        defaults = dataclasses.replace(defaults, shift=parts.shift)
+    missing = ("text_encoder", "tokenizer", "vae") if parts is None else parts.missing
+    return Card(
+        name=folder.resolve().name,
+        folder=folder,
+        config=config,
+        cell=(4, 8, 8),
+        causal=True,
+        scenes=False,
+        has_text=not {"text_encoder", "tokenizer"} & set(missing),
+        has_video="vae" not in missing,
+        fps=16.0,
+        defaults=defaults,
+    )
 
 
 def _read_config(folder: Path) -> WanConfig:
-    from pasa_jax.convert.checkpoint import is_converted, plan_conversion, read_converted_config
+    from pasa_jax.convert.checkpoint import peek
 
     try:
-        if is_converted(folder):
-            component, config, _ = read_converted_config(folder)
-        else:
-            plan = plan_conversion(folder, None)
-            component, config = plan.component, plan.config
+        config, _ = peek(folder)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model={str(folder)!r} must be a checkpoint of Wan: {error}") from error
-    if component.config is not WanConfig:
-        raise ValueError(f"model={str(folder)!r} holds {component.name}, must be Wan's transformer")
+    if not isinstance(config, WanConfig):
+        raise ValueError(f"model={str(folder)!r} holds no transformer of Wan: {config}")
     return config
 
 

@@ -225,15 +225,15 @@ def checkpoint_identity(folder: str | Path, dtype: Any) -> str:
     """What an encoder's states depend on besides the prompt, without reading its weights.
 
     Args:
-        folder: of the encoder: its config.json is read, of the other files, those in folders of
-            it too, name, size and time of change.
+        folder: of the encoder, or its one file: config.json is read, of the other files, those in
+            folders too, name, size and time of change.
         dtype: that it runs in.
 
     Returns:
         SHA-256, hexadecimal.
     """
     folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) or [folder]
     stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
     config = folder / "config.json"
     known = {

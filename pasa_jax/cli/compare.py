@@ -80,7 +80,7 @@ def _comparison_job(options: Compare) -> dict[str, Any]:
     for name in ("batch", "count"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)} must be at least 1")
-    if card.complete and not options.prompts:
+    if card.scenes and not options.prompts:
         from pasa_jax.models.tiny import check as tiny_check
 
         options = dataclasses.replace(options, prompts=tuple(tiny_check.prompts(options.count)))

@@ -33,9 +33,10 @@ def convert(argv: list[str]) -> None:
     about = "Converts a PyTorch checkpoint of Wan 2.1 to an Orbax checkpoint."
     options = parse(Convert, "convert", argv, about)
     with refusing("pasa-jax convert", OSError, ImportError):
-        from pasa_jax.convert import convert_checkpoint
+        from pasa_jax.convert import convert_checkpoint, convert_pipeline, find_parts
 
-        convert_checkpoint(
+        whole = options.src.is_dir() and find_parts(options.src) is not None
+        (convert_pipeline if whole else convert_checkpoint)(
             options.src,
             options.dst,
             dtype=options.dtype,

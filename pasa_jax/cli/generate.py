@@ -121,7 +121,7 @@ def _job(options: Any, policy_class: type) -> Job:
     states, negative = texts(options, card, settings)
     pairs = list(itertools.product(range(len(options.prompts)), options.seed))
     prompts, seeds = [options.prompts[i] for i, _ in pairs], [seed for _, seed in pairs]
-    targets = _targets(options.out, prompts, seeds, ".mp4" if card.complete else ".npz")
+    targets = _targets(options.out, prompts, seeds, ".mp4" if card.has_video else ".npz")
     states = None if states is None else states[[i for i, _ in pairs]]
     curve = None if options.curve is None else read_curve(options.curve)
     check_policy(policy, card, settings, curve)

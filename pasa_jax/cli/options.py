@@ -138,19 +138,19 @@ def texts(options: Any, card: Any, settings: Any) -> tuple[np.ndarray | None, np
     check_prompts(list(options.prompts))
     files, negative = options.prompt_states, options.negative_states
     missing = f"{card.name} has no text encoder here, so give"
-    if card.complete:
+    if card.scenes:
         from pasa_jax.models.tiny.text import word_ids
 
         word_ids(options.negative_prompt)
-    if card.complete and not files:
-        for prompt in options.prompts:
+    if card.has_text and not files:
+        for prompt in options.prompts if card.scenes else ():
             word_ids(prompt)
     elif len(files) != len(options.prompts):
         raise ValueError(
             f"prompt_states={[str(f) for f in files]} must be one file for each of the "
-            f"{len(options.prompts)} prompts" + ("" if card.complete else f": {missing} them")
+            f"{len(options.prompts)} prompts" + ("" if card.has_text else f": {missing} them")
         )
-    if not card.complete and settings.guidance != 1 and negative is None:
+    if not card.has_text and settings.guidance != 1 and negative is None:
         raise ValueError(
             f"guidance={settings.guidance} needs the negative prompt's states: {missing} "
             "--negative-states FILE, or --guidance 1"
@@ -175,7 +175,7 @@ def recording_order(options: Any, number: int) -> tuple[Any, Any, Any, Any, Any]
 
     card = read_card(options.model)
     settings = options.settings(card)
-    if card.complete and not options.prompts:
+    if card.scenes and not options.prompts:
         from pasa_jax.models.tiny.check import prompts
 
         # Others than those of seed 0, which `compare` and `check` make.

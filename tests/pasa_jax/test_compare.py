@@ -117,7 +117,7 @@ def test_two_heads_show_attention_beside_blocks(compared):
 def test_a_model_without_decoder_has_its_page_too(compared, pipeline, tmp_path):
     # Shapes and policy are those of `compared`, whose compiled steps run again.
     states = np.asarray(pipeline.encode(PROMPTS, "", 1.0))
-    card = dataclasses.replace(pipeline.card, complete=False)
+    card = dataclasses.replace(pipeline.card, scenes=False, has_text=False, has_video=False)
     bare = dataclasses.replace(pipeline, card=card, codec=None, text=None)
     order = (bare, PROMPTS, [0], {"pisa": Pisa(density=0.4, **SIZES)})
     found = compare(*order, batch=2, states=states, negative_states=states[0], **QUIET)
