@@ -86,7 +86,7 @@ def test_states_are_the_originals(case, models, ids, stored):
 
 def test_original_layout_has_the_originals_names(stored):
     config = CONFIGS["umt5"]
-    shapes = wan.flat_parameters(t5.abstract_model(config, jnp.float32))
+    shapes = rules.flat_parameters(t5.abstract_model(config, jnp.float32))
     names = rules.expected_tensors(t5.tables(config)["original"], shapes, {})
     assert sorted(names) == stored["names:original"].tolist()
 
