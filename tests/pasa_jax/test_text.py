@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import struct
 import sys
 import warnings
 from pathlib import Path
@@ -113,7 +114,8 @@ CLEAN = {
     "a  red\tcircle\n moving ": "a red circle moving",
     "“two” foxes’ snow": '"two" foxes\' snow',
     "&lt;b&gt; fish &amp;amp; chips &copy; 5": "<b> fish & chips © 5",
-    "“x” < &ldquo;y&rdquo;": '"x" < “y”',
+    "&ldquo;x&rdquo;": '"x"',
+    "“x” < &ldquo;y&rdquo; &amp;amp;": '"x" < “y” &',
     "色调艳丽，过曝，静态。１２３": "色调艳丽,過曝".replace("過", "过") + ",静态。123",
     "ﬁne ﬂow ŉ ǆ": "fine flow 'n dž",
     "e\u0301 \x1b[31mred\x1b[0m\x07 \ufeffx\u2028y\r\nz": "é red xy z".replace("xy", "x y"),
@@ -219,7 +221,9 @@ def varint(value):
 
 
 def field(number, value):
-    """A field of a protobuf message: bytes or an int."""
+    """A field of a protobuf message: bytes, an int or a float."""
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     return varint(number << 3 | 2) + varint(len(value)) + value
@@ -262,6 +266,14 @@ def test_a_sentencepiece_model_of_defaults(tmp_path):
     assert spiece.read_spiece(file).encode("a é").ids == [3, 4, 2, 1]
     file.write_bytes(message(pieces, field(35, 1)))
     assert spiece.read_spiece(file).encode("a é").ids == [3, 4, 5, 6, 1]
+
+
+def test_scores_of_a_sentencepiece_model_decide(tmp_path):
+    file = tmp_path / "spiece.model"
+    scores = {"▁a": -1.0, "b": -1.0, "▁ab": -5.0, "c": -1.0, "bc": -1.5}
+    scored = b"".join(field(1, field(1, k.encode()) + field(2, v)) for k, v in scores.items())
+    file.write_bytes(message(("<pad>", "</s>", "<unk>")) + scored)
+    assert spiece.read_spiece(file).encode("ab abc").tokens == ["▁a", "b", "▁a", "bc", "</s>"]
 
 
 # Encoding
