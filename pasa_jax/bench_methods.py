@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pasa_jax.bench import MIB, rounds
 from pasa_jax.grid import TokenGrid
 from pasa_jax.info import machine
-from pasa_jax.layer import DENSE_MODES, Layer
+from pasa_jax.layer import DENSE_MODES, Layer, attend_layer, plan_layer
 from pasa_jax.pallas_kernels import api
 from pasa_jax.policies import Policy
 from pasa_jax.video import atomic
@@ -100,16 +100,16 @@ def bench_methods(
     calls = {("dense", "dense"): jax.jit(api.dense_attention).lower(*qkv).compile()}
     operands, plans, density = {("dense", "dense"): qkv}, {}, {("dense", "dense"): 1.0}
     for name, policy in tqdm(policies.items(), desc="compiling", file=sys.stderr):
-        layer = Layer(policy, grid)
+        layer = Layer.of(policy, grid)
         own = _in_order(layer, qkv)
         state = layer.state(*own)
         for mode in layer.modes:
-            key, operands[name, mode] = (name, mode), [*own, state]
-            calls[key] = jax.jit(layer.attend, static_argnums=4).lower(*own, state, mode).compile()
-            density[key] = float(calls[key](*own, state)[1].density)
+            key = name, mode
+            operands[key] = [state, *own]
+            calls[key] = attend_layer.lower(layer, mode, *operands[key]).compile()
+            density[key] = float(calls[key](*operands[key])[1].density)
             if mode not in DENSE_MODES:
-                plan = jax.jit(layer.plan, static_argnums=4)
-                plans[key] = plan.lower(*own, state, mode).compile()
+                plans[key] = plan_layer.lower(layer, mode, *operands[key]).compile()
     planning = _rounds(plans, operands, repeats)
     seconds = _rounds(calls, operands, repeats)
     dense = seconds["dense", "dense"]

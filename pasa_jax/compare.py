@@ -6,7 +6,6 @@ Every batch of clips runs dense first, then under every policy; metrics are agai
 import collections
 import csv
 import dataclasses
-import functools
 import io
 import json
 import logging
@@ -23,12 +22,12 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from pasa_jax import metrics
-from pasa_jax.attention import Attention, attend
 from pasa_jax.caches import SKIP, StepCache
 from pasa_jax.calibration import VelocityCurve
 from pasa_jax.info import machine
+from pasa_jax.layer import Layer, attend_layer, plan_layer
 from pasa_jax.pipeline import Pipeline, Result, seed_keys, start_noise
-from pasa_jax.policies import AttentionShape, Context, Dense, Policy
+from pasa_jax.policies import Dense, Policy
 from pasa_jax.recall import look
 from pasa_jax.recording import record_step
 from pasa_jax.settings import Settings
@@ -379,41 +378,19 @@ def _attention_cost(
     On random normal q, k, v of the model's shape; the median of five calls, compiled before. Layer
     and step are the first that the method runs sparse.
     """
-    mode = "dense" if "sparse" not in entry.modes else "sparse"
+    mode = "sparse" if "sparse" in entry.modes else "dense"
     config, grid = pipeline.card.config, pipeline.card.grid(settings)
     rows = clips * (1 if settings.guidance == 1 else 2)
-    policy = dataclasses.replace(entry.policy, dense_layers=())
-    shape = AttentionShape(config.num_layers, rows, config.num_heads, config.head_dim, grid)
-    sparse = (i for i in range(config.num_layers) if i not in entry.policy.dense_layers)
-    layer, step = next(sparse, 0), entry.modes.index(mode)
-    blocks = grid.num_blocks(policy.block_kv)
-    mean = curve.mean if curve is not None and policy.reads_curve else None
-    bound = policy.max_budget(settings.steps, blocks, mean)
-    budget = jnp.int32(max(1, round(float(np.mean(_sparse_densities(entry))) * blocks)))
-    state = jax.tree.map(lambda x: x[layer], policy.init_state(shape))
-    keys = jax.random.split(jax.random.key(0), 1)
+    mean = None if curve is None else curve.mean
+    layer = Layer.of(entry.policy, grid, layers=config.num_layers, steps=settings.steps, curve=mean)
     draws = jax.random.split(jax.random.key(1), 3)
     sizes = (rows, grid.num_tokens, config.num_heads, config.head_dim)
     qkv = [jax.random.normal(key, sizes, jnp.float32) for key in draws]
-    context = Context(jnp.int32(step), jnp.int32(layer), budget, keys, bound, mode, grid)
-    if "search" in entry.modes:
-        searching = dataclasses.replace(context, mode="search")
-        state = _layer_attention(policy, searching, state, *qkv)[1].state
-    cost = {"attention": _seconds(_layer_attention, policy, context, state, *qkv)}
+    state = layer.state(*qkv)
+    cost = {"attention": _seconds(attend_layer, layer, mode, state, *qkv)}
     if mode == "sparse":
-        cost["planning"] = _seconds(_layer_plan, policy, context, state, *qkv)
+        cost["planning"] = _seconds(plan_layer, layer, mode, state, *qkv)
     return cost
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _layer_attention(policy: Policy, at: Context, state, q, k, v):
-    attention = Attention(policy, at.mode, at.step, at.budget, at.keys, at.max_budget)
-    return attend(q, k, v, attention, layer=at.layer, state=state, grid=at.grid)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _layer_plan(policy: Policy, at: Context, state, q, k, v):
-    return policy.plan(q, k, v, at, state)
 
 
 def _sparse_densities(entry: Entry) -> np.ndarray:

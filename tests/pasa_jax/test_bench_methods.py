@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pasa_jax import compact_search
 from pasa_jax.bench_methods import waves
 from pasa_jax.cli import main
 from pasa_jax.grid import TokenGrid
-from pasa_jax.layer import Layer
+from pasa_jax.layer import Layer, attend_layer
 from pasa_jax.pallas_kernels import api
-from pasa_jax.policies import AdaSpa, Pasa, SlidingTile
+from pasa_jax.policies import AdaSpa, Compact, Pasa, SlidingTile
 
 GRID = TokenGrid(2, 4, 8)
 BLOCKS = dict(block_q=8, block_kv=8)
+SEARCH = dict(criterion=compact_search.Criterion(tile=(1, 2, 2), reuse=9), progress=False)
 
 
 def test_every_kind_of_call_has_a_row(tmp_path, capsys):
@@ -45,28 +47,40 @@ def test_every_kind_of_call_has_a_row(tmp_path, capsys):
 
 def test_a_layer_at_density_one_is_dense():
     q, k, v = waves(GRID, 2, 16, "float32")
-    layer = Layer(Pasa(density=1.0, **BLOCKS), GRID)
-    out, record = layer.attend(q, k, v, layer.state(q, k, v), "sparse")
+    layer = Layer.of(Pasa(density=1.0, **BLOCKS), GRID)
+    out, record = attend_layer(layer, "sparse", layer.state(q, k, v), q, k, v)
     assert record.density == 1
     np.testing.assert_allclose(out, api.dense_attention(q, k, v), atol=2e-6)  # float32 sums
 
 
 def test_a_layer_runs_the_average_sparse_step():
     curve = np.linspace(2, 1, 10)
-    layer = Layer(Pasa(density=0.5, **BLOCKS), GRID, steps=10, curve=curve)
+    layer = Layer.of(Pasa(density=0.5, **BLOCKS), GRID, layers=3, steps=10, curve=curve)
     budgets = layer.policy.budgets(10, 8, curve)
     assert len(set(budgets[2:])) > 1  # the curve is read
-    assert layer._context("sparse").budget == round(budgets[2:].mean())
-    online = Layer(Pasa(density=0.25, budget="online", **BLOCKS), GRID)
-    assert online._context("sparse").budget == 2
+    context = layer.context("sparse")
+    assert context.budget == round(budgets[2:].mean()) and context.max_budget == budgets[2:].max()
+    assert (context.step, context.layer) == (2, 1)  # behind the dense prefix and layer 0
+    assert Layer.of(Pasa(density=0.25, budget="online", **BLOCKS), GRID).budget == 2
+
+
+def test_a_layer_of_searched_masks(pipeline):
+    """They know how many layers the model has, and refuse others."""
+    masks = compact_search.search_masks(pipeline, ["blue and white waves moving left"], **SEARCH)[0]
+    grid = masks.key.grid
+    layer = Layer.of(Compact(masks=masks, block_q=4, block_kv=4), grid, steps=masks.key.steps)
+    q, k, v = waves(grid, 2, 8, "float32")
+    assert layer.layers == masks.shape[0] == 2 and layer.state(q, k, v) == ()
+    _, record = attend_layer(layer, "sparse", (), q, k, v)
+    assert 0 < record.density <= 1
 
 
 def test_state_comes_from_a_search():
     q, k, v = waves(GRID, 2, 16, "float32")
-    layer = Layer(AdaSpa(density=0.25, **BLOCKS), GRID)
+    layer = Layer.of(AdaSpa(density=0.25, **BLOCKS), GRID)
     _, lse = api.dense_attention(q, k, v, return_lse=True)
     np.testing.assert_allclose(layer.state(q, k, v).lse, lse, atol=1e-5)
-    assert Layer(SlidingTile(**BLOCKS), GRID).state(q, k, v) == ()
+    assert Layer.of(SlidingTile(**BLOCKS), GRID).state(q, k, v) == ()
 
 
 def test_waves_vary_smoothly_over_the_video():
