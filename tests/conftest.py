@@ -13,6 +13,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # no silent promotion of types or ranks
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling is most of the suite's time, and nothing in it is timed.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
