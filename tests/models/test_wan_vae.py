@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -10,7 +11,15 @@ import numpy as np
 import pytest
 
 from pasa_jax.convert import checkpoint, reader, rules, wan_vae
-from pasa_jax.models.wan_vae import Scale, WanVAEConfig, check_video, in_chunks, in_tiles
+from pasa_jax.models.wan_vae import (
+    Scale,
+    WanVAEConfig,
+    check_video,
+    in_chunks,
+    in_tiles,
+    pool,
+    spread,
+)
 
 ARRAYS = np.load(Path(__file__).parent.parent / "fixtures" / "wan_vae.npz")
 SMALL = WanVAEConfig(
@@ -146,6 +155,38 @@ def test_tiled_frames_are_diffusers():
     rng = np.random.default_rng(2)
     latents = jnp.asarray(rng.normal(size=(1, 1, 3, 6, 3)), jnp.float32)
     check(decode(model, latents, 4)[:, :, ::3, ::5], "2_2:diffusers:tiled")
+
+
+def test_shortcuts_by_index():
+    """The published order of a shortcut's pixels: channel, frame, row, column, the last fastest.
+
+    The released widths average or repeat over rows and columns, which hides their order.
+    """
+    rng = np.random.default_rng(0)
+    wide = rng.normal(size=(3, 4, 2, 12)).astype(np.float32)  # F Y X C
+    fine = rng.normal(size=(3, 4, 2, 3)).astype(np.float32)
+    pooled = np.zeros((2, 2, 1, 12), np.float32)  # 3 frames behind a frame of zeros
+    grown = np.zeros((6, 8, 4, 3), np.float32)
+    for c, (f, y, x) in itertools.product(range(3), np.ndindex(2, 2, 2)):
+        place = ((c * 2 + f) * 2 + y) * 2 + x
+        frames = np.concatenate([np.zeros_like(fine[:1]), fine])
+        pooled[..., place // 2] += frames[f::2, y::2, x::2, c] / 2
+        grown[f::2, y::2, x::2, c] = wide[..., place // 2]
+    np.testing.assert_allclose(pool(jnp.asarray(fine)[None], 12, True, True)[0], pooled, rtol=1e-6)
+    np.testing.assert_array_equal(spread(jnp.asarray(wide)[None], 3, True, first=False)[0], grown)
+    np.testing.assert_array_equal(
+        spread(jnp.asarray(wide)[None], 3, True, first=True)[0], grown[1:]
+    )
+
+
+def test_log_variance_is_cut(model):
+    bias = jnp.asarray([0.0] * 3 + [-1e3, 0.0, 1e3])
+    changed = checkpoint.with_parameters(
+        model, {**rules.flat_parameters(model), "quant/bias": bias}
+    )
+    log_variance = encode(changed, inputs(model.config)[1])[1]
+    assert (jnp.min(log_variance), jnp.max(log_variance)) == (-30, 20)
+    assert jnp.all((jnp.abs(log_variance) < 20)[..., 1])
 
 
 def blend(parts, overlap):
