@@ -1,7 +1,7 @@
 """Wan's video autoencoders: 2.1 (16 channels, 4x8x8) and 2.2 (48 channels, 4x16x16).
 
 Memory of 81 frames of 1280x720 (2.2: 1280x704) as compiled for a CPU, GiB, everything counted:
-parameters, the video (0.8) and the work. More frames add to the video alone.
+parameters, the video (0.8) and the work. More frames add at most twice their own size.
 
             tiled in f32, bf16    whole in f32, bf16
 2.1 decode       3.0    2.7           16.5   10.3
