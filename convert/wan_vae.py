@@ -1,5 +1,6 @@
 """Wan's autoencoders: names of both published layouts, diffusers' config, one model."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -227,8 +228,9 @@ def read_channels(config: Mapping[str, Any], patch: int) -> int:
 
 
 def check_list(name: str, values: Any, kind: type) -> tuple:
-    """A list of values of one type from a config.json."""
-    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+    """A list of finite values of one type from a config.json."""
+    listed = values if isinstance(values, list) else [None]
+    if not all(type(value) is kind and abs(value) < math.inf for value in listed):
         raise ValueError(f"config.json has {name}={values!r}, must be a list of {kind.__name__}")
     return tuple(values)
 

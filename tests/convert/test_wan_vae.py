@@ -99,6 +99,8 @@ def test_released_configs_are_the_presets():
         ({"attn_scales": [1.0]}, "attn_scales=[1.0], must be empty"),
         ({"z_dim": 0}, "z_dim=0, must be a positive integer"),
         ({"dim_mult": [1, "2"]}, "dim_mult=[1, '2'], must be a list of int"),
+        ({"dim_mult": 2}, "dim_mult=2, must be a list of int"),
+        ({"latents_mean": [float("nan")]}, "latents_mean=[nan], must be a list of float"),
         ({"is_residual": 1}, "is_residual=[1], must be a list of bool"),
         ({"out_channels": 12}, "in_channels=3, out_channels=12, must be equal"),
         ({"patch_size": 2}, "must be equal and a multiple of 4"),

@@ -284,6 +284,18 @@ def test_bfloat16_is_close_to_float32():
     assert 1e-4 < error < 20 * 2**-9
 
 
+@pytest.mark.parametrize("version", list(CONFIGS))
+def test_what_is_kept_between_chunks_is_bfloat16(version):
+    model = wan_vae.abstract_model(CONFIGS[version], jnp.bfloat16)
+    latents, video = (jax.eval_shape(lambda x=x: x) for x in inputs(model.config))
+    past = jax.eval_shape(lambda model, z: model.decoder(z[:, :1], None)[1], model, latents)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(past)} == {"bfloat16"}
+    out = jax.eval_shape(
+        lambda model, z, v: (model.decode(z), model.encode(v)), model, latents, video
+    )
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(out)} == {"float32"}
+
+
 def test_only_norms_are_kept_in_float32():
     abstract = wan_vae.abstract_model(SMALL, jnp.bfloat16)
     for path, leaf in rules.flat_parameters(abstract).items():
