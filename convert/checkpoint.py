@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from pasa_jax.convert.components import (
     names_known,
     read_record,
 )
-from pasa_jax.convert.reader import FLOATS, STEM, open_source, read_json
+from pasa_jax.convert.reader import FLOATS, STEM, open_source, read_json, weights_digest
 from pasa_jax.convert.rules import Parameter, assign, best_table, flat_parameters, to_tensors
 from pasa_jax.convert.writer import CONFIG, PARAMS, write_checkpoint
 from pasa_jax.models.wan import Wan
@@ -44,6 +44,7 @@ class Conversion:
         config: the architecture.
         dtype: of the parameters that may be rounded; time embedding, norms, modulation and head
             are float32 always, as the original computes them.
+        digest: of the source's files, see `reader.weights_digest`.
         files, tensors, read_bytes: of the source.
         parameters: what to write, by path.
     """
@@ -53,6 +54,7 @@ class Conversion:
     layout: str
     config: Any
     dtype: str
+    digest: str
     files: int
     tensors: int
     read_bytes: int
@@ -123,7 +125,7 @@ def convert_checkpoint(
 def write_conversion(target: Path, plan: Conversion, on_read: Callable[[int], Any]) -> None:
     """Writes what was planned; `on_read` is told the bytes of each tensor."""
     meta = {"format": FORMAT, "model": plan.component.name, "dtype": plan.dtype}
-    meta |= {"layout": plan.layout, "config": config_record(plan.config)}
+    meta |= {"layout": plan.layout, "config": config_record(plan.config), "digest": plan.digest}
     write_checkpoint(target, plan.parameters, meta, on_read)
 
 
@@ -200,6 +202,7 @@ def plan_conversion(src: Path, dtype: Any) -> Conversion:
         layout=layout,
         config=config,
         dtype=name,
+        digest=weights_digest(source.files),
         files=len(source.files),
         tensors=len(source.entries),
         read_bytes=sum(e.nbytes for p in parameters.values() for e in p.entries),
@@ -282,12 +285,24 @@ def read_converted_config(path: Path) -> tuple[Component, Any, str]:
         raise ValueError(f"{str(path / CONFIG)!r}: {error}") from None
 
 
-def peek(path: Path) -> tuple[Any, str]:
-    """Architecture and dtype of a folder or file that `load_model` takes; reads no weights."""
+class Peeked(NamedTuple):
+    """Architecture, dtype, and digest of the weights (`reader.weights_digest`)."""
+
+    config: Any
+    dtype: str
+    digest: str
+
+
+def peek(path: Path) -> Peeked:
+    """What is told by a folder or file that `load_model` takes, without reading the weights."""
     if is_converted(path):
-        return read_converted_config(path)[1:]
+        _, config, dtype = read_converted_config(path)
+        digest = read_json(path / CONFIG).get("digest")
+        if not isinstance(digest, str):
+            raise ValueError(f"{str(path / CONFIG)!r} has {digest=}, must be text: convert again")
+        return Peeked(config, dtype, digest)
     plan = plan_conversion(path, None)
-    return plan.config, plan.dtype
+    return Peeked(plan.config, plan.dtype, plan.digest)
 
 
 def load_converted(path: Path, dtype: Any) -> nnx.Module:

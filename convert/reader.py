@@ -1,6 +1,7 @@
 """Checkpoint files on disk to named tensors: headers first, values only when asked for."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
@@ -17,6 +18,7 @@ ENCODER_STEMS = ("model", "pytorch_model")  # of text encoders' files
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
+PIECES, PIECE = 64, 4096  # read of a file to tell it from others, and bytes of each
 MAX_MAPPED = 2**30  # bytes read from one mapping of a PyTorch file
 
 # The dtypes a model's weights may have; the others are known by size alone, to check the header.
@@ -93,6 +95,26 @@ def weight_files(folder: Path) -> list[Path]:
         f"{str(folder)!r} is no checkpoint: it must hold {STEM}.safetensors, its shards with an "
         f"index, or one {', '.join(SUFFIXES)} file; it has {len(files)} such files"
     )
+
+
+def weights_digest(files: list[Path]) -> str:
+    """Tells checkpoints apart by 64 pieces of each file, evenly spaced, not by names or times.
+
+    Training or merging changes nearly all bytes of a file, so the pieces are enough, in no time
+    whatever the size. Not a protection against forgery.
+
+    Returns:
+        Twelve hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as stream:
+            for i in range(PIECES):
+                stream.seek(max(0, size - PIECE) * i // (PIECES - 1))
+                digest.update(stream.read(PIECE))
+    return digest.hexdigest()[:12]
 
 
 def encoder_files(folder: Path, suffix: str) -> list[Path]:

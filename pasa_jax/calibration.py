@@ -37,7 +37,7 @@ class CurveKey:
     """What a velocity curve, or any other record of dense sampling, depends on.
 
     Attributes:
-        model: preset or checkpoint name.
+        model: kind of model, and a digest of its weights' files behind an "@".
         grid: video tokens.
         steps: denoising steps.
         sampler: its name.

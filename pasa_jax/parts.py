@@ -68,7 +68,7 @@ def load_text_encoder(encoder: Path, tokenizer: Path, text_len: int) -> PromptEn
     Raises:
         ValueError: a tokenizer that does not fit the encoder, or a damaged part.
     """
-    config, dtype = peek(encoder)
+    config, dtype, _ = peek(encoder)
     return PromptEncoder(
         tokenizer=read_tokenizer(tokenizer, config.vocab_size),
         format=dataclasses.replace(TextFormat.wan(), max_length=text_len),

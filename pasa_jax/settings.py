@@ -45,9 +45,10 @@ class Card:
     """A checkpoint's facts, without its weights.
 
     Attributes:
-        name: in file names, curves and messages.
+        name: in messages.
         folder: the converted checkpoint; for `tiny` the shipped one.
         config: the transformer's architecture.
+        weights: digest of the transformer's files, which tells apart models of one name.
         cell: frames, rows and columns of the video that one latent cell holds.
         causal: the first frame has a latent frame of its own, as in Wan's VAE.
         scenes: the model is tiny, whose prompts have a grammar and whose videos can be checked.
@@ -60,6 +61,7 @@ class Card:
     name: str
     folder: Path
     config: WanConfig
+    weights: str
     cell: tuple[int, int, int]
     causal: bool
     scenes: bool
@@ -119,7 +121,8 @@ class Card:
     def curve_key(self, settings: Settings) -> CurveKey:
         """What a velocity curve must have been recorded for."""
         s = settings
-        return CurveKey(self.name, self.grid(s), s.steps, s.sampler, s.shift, s.guidance)
+        model = f"{'tiny' if self.scenes else 'wan'}@{self.weights}"
+        return CurveKey(model, self.grid(s), s.steps, s.sampler, s.shift, s.guidance)
 
     def block(self, settings: Settings) -> int:
         """Tokens a block where none is asked for: 64 as published, 16 below 4,096 tokens."""
@@ -188,12 +191,24 @@ def read_card(model: str | Path) -> Card:
 
 
 def _tiny_card(folder: Path) -> Card:
-    config = _read_config(folder / "transformer")
+    config, weights = _read_config(folder / "transformer")
     steps = _read_number(folder / "model_index.json", "num_inference_steps", int)
     guidance = _read_number(folder / "model_index.json", "guidance_scale", float)
     shift = _read_number(folder / "scheduler" / "scheduler_config.json", "flow_shift", float)
     defaults = Settings(steps, shift, guidance, "unipc", 16, 128, 128)
-    return Card("tiny", folder, config, (4, 4, 4), False, True, True, True, 8.0, defaults)
+    return Card(
+        name="tiny",
+        folder=folder,
+        config=config,
+        weights=weights,
+        cell=(4, 4, 4),
+        causal=False,
+        scenes=True,
+        has_text=True,
+        has_video=True,
+        fps=8.0,
+        defaults=defaults,
+    )
 
 
 def _read_number(file: Path, key: str, kind: type) -> Any:
@@ -215,7 +230,7 @@ def _wan_card(folder: Path) -> Card:
         parts = find_parts(folder) if folder.is_dir() else None
     except ValueError as error:
         raise ValueError(f"model={str(folder)!r}: {error}") from error
-    config = _read_config(folder if parts is None else parts.paths["transformer"])
+    config, weights = _read_config(folder if parts is None else parts.paths["transformer"])
     if config.dim <= WanConfig.t2v_1_3b().dim:
         defaults = Settings(50, 8.0, 6.0, "unipc", 81, 832, 480)
     else:
@@ -227,6 +242,7 @@ def _wan_card(folder: Path) -> Card:
         name=folder.resolve().name,
         folder=folder,
         config=config,
+        weights=weights,
         cell=(4, 8, 8),
         causal=True,
         scenes=False,
@@ -237,16 +253,17 @@ def _wan_card(folder: Path) -> Card:
     )
 
 
-def _read_config(folder: Path) -> WanConfig:
+def _read_config(folder: Path) -> tuple[WanConfig, str]:
+    """Architecture, and digest of the weights."""
     from pasa_jax.convert.checkpoint import peek
 
     try:
-        config, _ = peek(folder)
+        found = peek(folder)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model={str(folder)!r} must be a checkpoint of Wan: {error}") from error
-    if not isinstance(config, WanConfig):
-        raise ValueError(f"model={str(folder)!r} holds no transformer of Wan: {config}")
-    return config
+    if not isinstance(found.config, WanConfig):
+        raise ValueError(f"model={str(folder)!r} holds no transformer of Wan: {found.config}")
+    return found.config, found.digest
 
 
 # What damaged or hostile array files make numpy raise.

@@ -208,3 +208,19 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("data.pkl", b"")
     refused(tmp_path / "a.pth", "needs PyTorch: pip install 'pasa-jax[torch]'", ImportError)
+
+
+def test_a_digest_tells_weights_apart_not_names(tmp_path):
+    data = np.random.default_rng(0).normal(size=400_000).astype("f4").tobytes()  # 1.6 MB
+    first, again, other, longer = (tmp_path / name for name in "abcd")
+    first.write_bytes(data)
+    again.write_bytes(data)
+    changed = bytearray(data)
+    for i in range(0, len(changed), 4):  # the last bit of every number
+        changed[i] ^= 1
+    other.write_bytes(changed)
+    longer.write_bytes(data + b"0000")
+    digests = [reader.weights_digest([file]) for file in (first, again, other, longer)]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+    assert reader.weights_digest([first, other]) != reader.weights_digest([other, first])
+    assert all(len(digest) == 12 for digest in digests)

@@ -1,16 +1,18 @@
 """Prompts become frames: guidance, seeds, budgets, compilations, on a model of random weights."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from pasa_jax import pipeline as pipelines
 from pasa_jax.calibration import VelocityCurve
+from pasa_jax.convert import convert_checkpoint
 from pasa_jax.models.wan import Wan, WanConfig
 from pasa_jax.pipeline import Pipeline, calibrate
 from pasa_jax.policies import AdaSpa, Dense, Pasa
@@ -199,14 +201,17 @@ def test_missing_states_are_refused(pipeline):
 
 
 WAN = Card(
-    "wan",
-    Path(),
-    WanConfig.t2v_1_3b(),
-    (4, 8, 8),
-    True,
-    False,
-    16.0,
-    Settings(50, 8.0, 6.0, "unipc", 81, 832, 480),
+    name="wan",
+    folder=Path(),
+    config=WanConfig.t2v_1_3b(),
+    weights="none",
+    cell=(4, 8, 8),
+    causal=True,
+    scenes=False,
+    has_text=False,
+    has_video=False,
+    fps=16.0,
+    defaults=Settings(50, 8.0, 6.0, "unipc", 81, 832, 480),
 )
 
 
@@ -326,3 +331,31 @@ def test_a_step_gives_the_memory_of_the_policys_state_to_the_next(pipeline, monk
     policy = AdaSpa(step_base=1, dense_prefix=0.4, density=0.5, block_q=4, block_kv=4)
     pipeline.generate([WAVES], policy=policy, progress=False)
     assert len(given) == 5 and all(all(leaves) and leaves for leaves in given)
+
+
+def test_records_belong_to_weights_not_to_names(tiny_folder, tmp_path):
+    """Another training under the same name is another model, a moved folder is not."""
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_folder, moved)
+    settings = read_card(tiny_folder).settings()
+    key = read_card(tiny_folder).curve_key(settings)
+    assert key.model.startswith("tiny@") and read_card(moved).curve_key(settings) == key
+    file = moved / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: value + np.float32(1e-3) for name, value in tensors.items()}, file)
+    other = read_card(moved)
+    assert other.curve_key(settings) != key
+    curve = VelocityCurve(key, 1, *[(1.0,) * key.steps] * 3)
+    with pytest.raises(ValueError, match=f"{key.model}.*{other.weights}"):
+        curve.check(other.curve_key(settings))
+
+
+def test_a_converted_folder_keeps_its_weights_digest(tiny_folder, tmp_path):
+    source = tiny_folder / "transformer"
+    convert_checkpoint(source, tmp_path / "converted", progress=False)
+    cards = [read_card(folder) for folder in (source, tmp_path / "converted")]
+    assert cards[0].weights == cards[1].weights
+    config = tmp_path / "converted" / "config.json"
+    config.write_text(config.read_text().replace("digest", "other"))
+    with pytest.raises(ValueError, match="digest=None, must be text: convert again"):
+        read_card(tmp_path / "converted")
