@@ -42,7 +42,7 @@ def compare(argv: list[str]) -> None:
     options = parse(Compare, "compare", argv, about)
     with refusing("pasa-jax compare", OSError):
         job = _comparison_job(options)
-        options.out.mkdir(parents=True, exist_ok=True)
+        _make_folder(options.out)
     from pasa_jax.compare import compare as measure
     from pasa_jax.report import write_page
 
@@ -55,13 +55,21 @@ def compare(argv: list[str]) -> None:
     print(f"wrote {page}")
 
 
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r} must be a folder: {error.strerror}") from error
+
+
 def _summary(method: dict[str, Any]) -> str:
     """A method's main figures in a line."""
     if "failure" in method:
         return f"failed: {method['failure']}"
     from pasa_jax.report import density_told
 
-    told = [f"density {density_told(method)}", f"{method['speedup']:.2f}x as fast"]
+    told, speedup = [f"density {density_told(method)}"], method["speedup"]
+    told += [] if speedup is None else [f"{speedup:.2f}x as fast"]
     if method["cache"] is not None:
         told.append(f"{method['cache']['computed']} steps computed")
     for name, unit in (("psnr", "PSNR {:.2f} dB"), ("ssim", "SSIM {:.3f}")):
@@ -77,6 +85,9 @@ def _comparison_job(options: Compare) -> dict[str, Any]:
     card = read_card(options.model)
     settings = options.settings(card)
     check_seeds(list(options.seed))
+    for name in ("prompts", "seed"):
+        if len(set(values := getattr(options, name))) < len(values):
+            raise ValueError(f"{name}={values} must differ, to hold clips apart")
     for name in ("batch", "count"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)} must be at least 1")
@@ -86,7 +97,7 @@ def _comparison_job(options: Compare) -> dict[str, Any]:
         options = dataclasses.replace(options, prompts=tuple(tiny_check.prompts(options.count)))
     states, negative = texts(options, card, settings)
     curve = None if options.curve is None else read_curve(options.curve)
-    policies = named_policies(options, card.block(settings))
+    policies = named_policies(options, card.block(settings), "compare")
     for policy in policies.values():
         check_policy(policy, card, settings, curve if policy.reads_curve else None)
     return dict(
