@@ -32,20 +32,21 @@ class AdaSpaState(NamedTuple):
         lse: f32 [B, T, N], log-sum-exp of the video's queries at the last dense search.
         ids: int16 (int32 from 32,768 key blocks on) [B, N, I, L], text blocks, then the video's by
             falling mass: the lists of all tiers are prefixes of it.
-        count: int32 [B, N], blocks of each head's tier, text's among them.
+        count: int32 [B, N, I], blocks in each list's use: its head's tier, text's among them.
     """
 
     lse: Float[Array, "*layers B T N"]
     ids: Int[Array, "*layers B N I L"]
-    count: Int[Array, "*layers B N"]
+    count: Int[Array, "*layers B N I"]
 
 
 class _Sizes(NamedTuple):
-    """Key blocks: the video's, those that hold text, and how many of the video's a tier keeps."""
+    """Key blocks: the video's, with text, kept of the video's by each tier, and in one list."""
 
     video: int
     text: int
     kept: tuple[int, int, int]
+    slots: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,9 @@ class AdaSpa(Policy):
         lse_cache: whether later searches reuse the first one's log-sum-exp; False repeats the
             dense search.
         recall_threshold: share of a head's mass above which it can do with less, in [0, 1].
+        top_k: among which blocks a head's heaviest are taken: "row", as many in every query block;
+            "global", as many in all, the paper's first form, given up as it leaves regions unseen.
+            Every query block keeps its heaviest one then, and lists hold all blocks: an ablation.
         text_in_budget: whether text's blocks use up the density.
         text_in_recall: whether mass on text counts as kept mass.
 
@@ -91,6 +95,7 @@ class AdaSpa(Policy):
     head_adaptive: bool = True
     lse_cache: bool = True
     recall_threshold: float = 0.8
+    top_k: Literal["row", "global"] = "row"
     text_in_budget: bool = False
     text_in_recall: bool = True
 
@@ -99,6 +104,7 @@ class AdaSpa(Policy):
         check_density("density", self.density)
         check_choice("step_base", self.step_base, (0, 1))
         check_share("recall_threshold", self.recall_threshold)
+        check_choice("top_k", self.top_k, ("row", "global"))
         shares = self.searches
         if not isinstance(shares, tuple) or not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"searches={shares!r} must be a tuple of shares in [0, 1]")
@@ -138,8 +144,8 @@ class AdaSpa(Policy):
         ids = jnp.int16 if blocks < 2**15 else jnp.int32
         return AdaSpaState(
             jnp.zeros((shape.layers, shape.batch, shape.grid.num_tokens, shape.heads), jnp.float32),
-            jnp.zeros((*heads, rows, sizes.text + sizes.kept[-1]), ids),
-            jnp.zeros(heads, jnp.int32),
+            jnp.zeros((*heads, rows, sizes.text + sizes.slots), ids),
+            jnp.zeros((*heads, rows), jnp.int32),
         )
 
     def search(
@@ -166,49 +172,49 @@ class AdaSpa(Policy):
         """The lists of the last search; in mode "refresh" new ones, by the kept log-sum-exp."""
         if context.mode == "refresh":
             state = self._with_lists(q, k, context, state)
-        ids = state.ids.astype(jnp.int32)
-        count = jnp.broadcast_to(state.count[..., None], ids.shape[:3])
-        return Plan(BlockIndex(ids, count)), state
+        return Plan(BlockIndex(state.ids.astype(jnp.int32), state.count)), state
 
     def _with_lists(
         self, q: jax.Array, k: jax.Array, context: Context, state: AdaSpaState
     ) -> AdaSpaState:
         """The state with lists made from these queries and keys and the state's log-sum-exp."""
         sizes = self._sizes(num_blocks(k.shape[1], self.block_kv), context.grid)
-        ids, recall = self._measure(q, k, state.lse, context.kv_length, sizes)
-        tier = head_tiers(recall, self.recall_threshold)
-        kept = jnp.asarray(sizes.kept, jnp.int32)[tier]
         live = block_lengths(k.shape[1], self.block_kv, context.kv_length, q.shape[0]) > 0
-        video, text = (
-            x.sum(1, dtype=jnp.int32)[:, None] for x in jnp.split(live, [sizes.video], axis=1)
-        )
+        video, text = (x.sum(1, dtype=jnp.int32) for x in jnp.split(live, [sizes.video], axis=1))
+        ids, lengths, recall = self._measure(q, k, state.lse, video, context.kv_length, sizes)
+        tier = head_tiers(recall, self.recall_threshold)[..., None, None]
+        kept = jnp.take_along_axis(lengths, tier, axis=-1)[..., 0]
+        text = text[:, None, None]
         if sizes.text and context.kv_length is not None:
             # Text blocks stand last first: those without a valid key are skipped.
-            place = jnp.arange(ids.shape[-1], dtype=jnp.int32)[None] + sizes.text - text
-            place = jnp.minimum(place, ids.shape[-1] - 1)[:, None, None]
-            ids = jnp.take_along_axis(ids, place, axis=-1)
-        count = jnp.minimum(kept, video) + text
-        return state._replace(ids=ids.astype(state.ids.dtype), count=count)
+            place = jnp.arange(ids.shape[-1], dtype=jnp.int32)[None, None, None]
+            place = place + (sizes.text - text)[..., None]
+            ids = jnp.take_along_axis(ids, jnp.minimum(place, ids.shape[-1] - 1), axis=-1)
+        return state._replace(ids=ids.astype(state.ids.dtype), count=kept + text)
 
     def _measure(
         self,
         q: jax.Array,
         k: jax.Array,
         lse: jax.Array,
+        live: Int[Array, " B"],
         kv_length: jax.Array | None,
         sizes: _Sizes,
-    ) -> tuple[Int[Array, "B N I L"], Float[Array, "B N"]]:
-        """The longest lists, and each head's recall in the middle tier."""
+    ) -> tuple[Int[Array, "B N I L"], Int[Array, "B N I 3"], Float[Array, "B N"]]:
+        """The longest lists, video blocks that each tier uses, each head's recall in the middle."""
         q, k, lse = jax.lax.stop_gradient((q, k, lse))
         text = jnp.arange(sizes.video + sizes.text, dtype=jnp.int32)[: sizes.video - 1 : -1]
 
-        def one_head(head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def one_head(head: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             operands = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (q, k, lse))
             video, on_text = self._mass(*operands, kv_length, sizes)
-            kept = video.mass[..., : sizes.kept[1]].sum((1, 2, 3)) + on_text
+            ids, mass = video.ids[:, 0], video.mass[:, 0]
+            lengths = self._lengths(mass, live, sizes.kept)
+            place = jnp.arange(sizes.slots, dtype=jnp.int32)[None, None]
+            kept = jnp.where(place < lengths[..., 1:2], mass, 0).sum((1, 2)) + on_text
             every = video.total.sum((1, 2)) + on_text
-            first = jnp.broadcast_to(text.reshape(1, 1, -1), (*video.ids.shape[::2], text.size))
-            return jnp.concatenate([first, video.ids[:, 0]], axis=-1), kept / every
+            first = jnp.broadcast_to(text[None, None], (*ids.shape[:2], text.size))
+            return jnp.concatenate([first, ids], axis=-1), lengths, kept / every
 
         # One head at a time, as lists with their masses are large in float32 and int32.
         found = jax.lax.map(one_head, jnp.arange(q.shape[2], dtype=jnp.int32))
@@ -225,7 +231,7 @@ class AdaSpa(Policy):
         """The video's heaviest blocks, and the mass on text."""
         end = sizes.video * self.block_kv
         blocks = {"block_q": self.block_q, "block_kv": self.block_kv}
-        top = sizes.kept[-1]
+        top = sizes.slots
         video = api.block_mass(q, k[:, :end], lse, top=top, kv_length=kv_length, **blocks)
         if not sizes.text or not self.text_in_recall:
             return video, jnp.zeros(q.shape[:1], video.total.dtype)
@@ -233,11 +239,29 @@ class AdaSpa(Policy):
         text = api.block_mass(q, k[:, end:], lse, top=1, kv_length=length, **blocks)
         return video, text.total.sum((1, 2))
 
+    def _lengths(
+        self, mass: Float[Array, "B I L"], live: Int[Array, " B"], kept: tuple[int, int, int]
+    ) -> Int[Array, "B I 3"]:
+        """How many of its video blocks, the heaviest first, each query block uses in each tier."""
+        b, rows, slots = mass.shape
+        each = jnp.minimum(jnp.asarray(kept, jnp.int32)[None], live[:, None])[:, None]  # [B, 1, 3]
+        if self.top_k == "row":
+            return jnp.broadcast_to(each, (b, rows, 3))
+        place = jnp.arange(slots, dtype=jnp.int32)[None, None]
+        # The heaviest of each row first, as no softmax is over nothing; blocks of padding last.
+        mass = jnp.where(place < live[:, None, None], mass, -1)
+        mass = jnp.where(place == 0, jnp.inf, mass).reshape(b, rows * slots)
+        rank = jnp.argsort(jnp.argsort(-mass, axis=1), axis=1).reshape(b, rows, slots)
+        within = rank[..., None] < (rows * each)[:, None]
+        return within.sum(2, dtype=jnp.int32)
+
     def _sizes(self, blocks: int, grid: TokenGrid | None) -> _Sizes:
         """How the key blocks divide; a lone block is the video's, as it is kept anyway."""
         text = 0 if grid is None else int(grid.text_blocks(self.block_kv).sum())
         video = max(1, blocks - text)
-        return _Sizes(video, blocks - video, self._kept(video, blocks - video))
+        kept = self._kept(video, blocks - video)
+        slots = kept[-1] if self.top_k == "row" else video
+        return _Sizes(video, blocks - video, kept, slots)
 
     def _kept(self, video: int, text: int) -> tuple[int, int, int]:
         """Video blocks kept by the sparser, the middle and the denser tier."""

@@ -50,10 +50,17 @@ def masks(state):
     ids, count = np.asarray(state.ids, int), np.asarray(state.count)
     mask = np.zeros((*ids.shape[:3], S // BLOCK), bool)
     for b, n, i in np.ndindex(ids.shape[:3]):
-        listed = ids[b, n, i, : count[b, n]]
+        listed = ids[b, n, i, : count[b, n, i]]
         assert len(set(listed)) == len(listed)
         mask[b, n, i, listed] = True
     return mask
+
+
+def counts(state):
+    """[B, N]: all rows of a head keep as many."""
+    count = np.asarray(state.count)
+    assert (count == count[..., :1]).all()
+    return count[..., 0]
 
 
 def logits(q, k):
@@ -118,7 +125,7 @@ def test_lists_hold_text_and_the_heaviest_blocks_of_each_tier(fresh):
     mass = block_masses(q, k, state.lse)
     kept = tier_sizes(mass)
     assert set(kept.ravel()) == {2, 4, 6}
-    np.testing.assert_array_equal(state.count, kept + 2)
+    np.testing.assert_array_equal(counts(state), kept + 2)
     np.testing.assert_array_equal(masks(state), best_masks(mass, kept))
     assert state.ids.dtype == jnp.int16 and state.ids.shape == (B, N, ROWS, 8)
     record = step(q, k, v, state)[1]
@@ -146,6 +153,59 @@ def test_sparse_steps_attend_by_the_cached_lists(fresh):
     np.testing.assert_allclose(out[:, text], dense[:, text], atol=2e-6)
 
 
+def test_what_a_list_leaves_out_does_not_reach_its_output(fresh):
+    q, k, v, state = fresh
+    row, args = 5, (state, POLICY)
+    queries = slice(row * BLOCK, (row + 1) * BLOCK)
+    # By head: what one query block takes, others leave out.
+    out = np.moveaxis(~masks(state)[:, :, row], 1, 2).repeat(BLOCK, axis=1)[..., None]
+    assert out.any(1).all()
+    for bad in (jnp.nan, 1e30):
+        dirty = (jnp.where(out, bad, x) for x in (k, v))
+        got = step(q, *dirty, *args)[0][:, queries]
+        np.testing.assert_array_equal(got, step(q, k, v, *args)[0][:, queries])
+
+
+def global_masks(mass, kept):
+    """Text's blocks, every row's heaviest of the video's, and of the rest the head's heaviest."""
+    mass = mass[..., :VIDEO].copy()
+    np.put_along_axis(mass, mass.argmax(-1)[..., None], np.inf, axis=-1)
+    rank = np.argsort(np.argsort(-mass.reshape(B, N, -1), axis=-1, kind="stable"), axis=-1)
+    video = (rank < ROWS * kept[..., None]).reshape(mass.shape)
+    return np.pad(video, ((0, 0),) * 3 + ((0, 2),), constant_values=True)
+
+
+def test_global_lists_are_the_heaviest_of_a_head(fresh):
+    q, k, v, row_wise = fresh
+    policy = AdaSpa(density=0.3, top_k="global", block_q=BLOCK, block_kv=BLOCK)
+    length = jnp.asarray([S, 72], jnp.int32)  # the second row's last 4 blocks of video are padding
+    state = searched(q, k, v, policy, kv_length=length)
+    mass, mask = block_masses(q, k, state.lse), masks(state)
+    middle = (mass * global_masks(mass, np.full((B, N), 4))).sum((2, 3)) / mass.sum((2, 3))
+    outer = np.minimum((middle[0] > 0.8).sum(), N // 2)
+    rank = np.argsort(np.argsort(-middle[0], kind="stable"))
+    kept = np.where(rank < outer, 2, np.where(rank >= N - outer, 6, 4))
+    assert outer == 2
+    np.testing.assert_array_equal(mask[0], global_masks(mass, np.stack([kept] * 2))[0])
+    # As many blocks as row by row, more mass, and rows differ.
+    assert mask[0].sum((1, 2)).tolist() == [ROWS * (n + 2) for n in kept]
+    same = kept == counts(row_wise)[0] - 2
+    gain = (mass * mask).sum((2, 3)) / (mass * masks(row_wise)).sum((2, 3))
+    assert same.any() and (gain[0][same] > 1).all()
+    assert np.ptp(mask[0].sum(-1), axis=-1).min() > 0 and mask[0, ..., :VIDEO].any(-1).all()
+    assert not mask[1, ..., 9:].any() and mask[1, ..., :9].any(-1).all()
+    out, record = step(q, k, v, state, policy, kv_length=length)
+    np.testing.assert_allclose(record.density, mask.mean(), rtol=1e-6)
+    want = masked_attention(q, k, v, mask)[:1]
+    np.testing.assert_allclose(out[:1, : GRID.num_tokens], want, atol=2e-5)
+
+
+def test_global_lists_take_weightless_blocks_before_padding():
+    mass, live = jnp.asarray([[[1.0, 0, 0], [1, 0, 0]]], jnp.float32), jnp.asarray([2], jnp.int32)
+    lengths = AdaSpa(top_k="global")._lengths(mass, live, (1, 2, 3))
+    assert lengths.tolist() == [[[1, 2, 2]] * 2]
+
+
 def test_a_refresh_attends_by_its_own_lists_and_keeps_the_log_sum_exp(fresh):
     q, k, v, state = fresh
     q, k, v = qkv(1)
@@ -154,7 +214,7 @@ def test_a_refresh_attends_by_its_own_lists_and_keeps_the_log_sum_exp(fresh):
     np.testing.assert_array_equal(new.lse, state.lse)
     assert (masks(new) != masks(state)).any()
     mass = block_masses(q, k, state.lse)
-    np.testing.assert_array_equal(masks(new), best_masks(mass, np.asarray(new.count) - 2))
+    np.testing.assert_array_equal(masks(new), best_masks(mass, counts(new) - 2))
     want = masked_attention(q, k, v, masks(new))
     np.testing.assert_allclose(out[:, : GRID.num_tokens], want, atol=2e-5)  # float32, logits to 40
     assert np.abs(want - masked_attention(q, k, v, masks(state))).max() > 0.1
@@ -219,7 +279,7 @@ def test_a_planted_pattern_is_found():
     k[:, : len(keys)], q[:, : len(queries)] = keys[:, None], queries[:, None]
     q, k, v = jnp.asarray(q), jnp.asarray(k), qkv()[2]
     state = searched(q, k, v)
-    assert (np.asarray(state.count) == [4, 4, 6, 8, 8]).all()  # all recalls are near 1
+    assert (counts(state) == [4, 4, 6, 8, 8]).all()  # all recalls are near 1
     np.testing.assert_array_equal(
         np.sort(state.ids[:, 2, :, 2:6]), np.broadcast_to(np.sort(want), (B, ROWS, 4))
     )
@@ -242,7 +302,7 @@ def test_padded_text_is_neither_read_nor_listed(fresh):
     mass = block_masses(q, clean, new.lse)
     mass[0, ..., 14] = 0
     kept = tier_sizes(mass)
-    np.testing.assert_array_equal(new.count, kept + [[1], [2]])
+    np.testing.assert_array_equal(counts(new), kept + [[1], [2]])
     np.testing.assert_array_equal(mask[..., :VIDEO], best_masks(mass, kept)[..., :VIDEO])
     out = step(q, k, v, new, kv_length=length)[0]
     want = masked_attention(q, clean, jnp.where(padded, 0, v), mask)
@@ -266,7 +326,7 @@ def test_text_in_budget_and_out_of_recall():
     fields = dict(density=0.3, text_in_budget=True, recall_threshold=without + 1e-4)
     for flag in (False, True):
         policy = AdaSpa(text_in_recall=flag, block_q=BLOCK, block_kv=BLOCK, **fields)
-        count = np.asarray(searched(q, k, v, policy).count)
+        count = counts(searched(q, k, v, policy))
         # 0.3 · 15 halves up, of which text takes two.
         assert (count == 5).all() != flag and (count[0].mean() == 5)
 
@@ -325,7 +385,7 @@ def test_a_single_block_of_video_and_text():
     grid = TokenGrid(1, 1, 5, text=2)
     shape = jax.eval_shape(lambda: searched(*(x[:, :7] for x in qkv()), policy, grid=grid))
     assert shape.ids.shape == (B, N, 1, 1)  # kept as video's, so that text is seen
-    assert policy._sizes(1, grid) == (1, 0, (1, 1, 1))
+    assert policy._sizes(1, grid) == (1, 0, (1, 1, 1), 1)
 
 
 def where(policy, steps, mode):
@@ -379,6 +439,7 @@ def test_a_run_searches_twice_and_leaves_no_trace():
         ({"searches": (1.5,)}, r"searches=\(1.5,\) must be a tuple of shares in \[0, 1\]"),
         ({"searches": [0.5]}, r"searches=\[0.5\] must be a tuple of shares in \[0, 1\]"),
         ({"step_base": 2}, r"step_base=2 must be one of \(0, 1\)"),
+        ({"top_k": "all"}, r"top_k='all' must be one of \('row', 'global'\)"),
         ({"recall_threshold": -0.1}, r"recall_threshold=-0.1 must be in \[0, 1\]"),
         ({"block_q": 0}, "block_q=0 must be at least 1 token"),
     ],
