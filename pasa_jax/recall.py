@@ -1,7 +1,9 @@
 """How much attention mass a method's blocks hold, and how wrong its output is.
 
 Everything is measured on given q, k, v, so that a change in a method shows at once: `pasa-jax
-inspect` draws one layer, `pasa-jax bench recall` a curve over densities.
+inspect` draws one layer, `pasa-jax bench recall` a curve over densities. A method that searches in
+the run, as AdaSpa does, searches here on the very q and k that it is then judged on: what it gets
+is the best it can, not what steps after a search keep of it.
 """
 
 import dataclasses
@@ -21,8 +23,11 @@ from pasa_jax.attention import Attention, attend
 from pasa_jax.pallas_kernels import api
 from pasa_jax.pallas_kernels.blocks import num_blocks
 from pasa_jax.policies import AttentionShape, Context, Plan, Policy
+from pasa_jax.policies.base import dense_prefix_steps
 from pasa_jax.recording import Recording
 from pasa_jax.video import atomic
+
+ORACLE = "searched on these very q and k"
 
 
 class Judged(NamedTuple):
@@ -55,7 +60,7 @@ def judge(
     curve: Sequence[float] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Judged:
-    """Runs a policy's plan on a recording, its search before it where it has one.
+    """Runs a policy's plan on a recording, its search before it where it has one (`is_oracle`).
 
     Args:
         policy: its dense layers are not looked at.
@@ -73,8 +78,7 @@ def judge(
     Raises:
         ValueError: a policy that never plans, or a step at which it does not.
     """
-    grid, modes = recording.grid, policy.modes(steps)
-    planned = [i for i, mode in enumerate(modes) if mode not in ("dense", "search")]
+    grid, modes, planned = recording.grid, policy.modes(steps), planned_steps(policy, steps)
     if not planned:
         raise ValueError(f"{policy} runs dense at all of {steps=}: nothing to judge")
     step = planned[len(planned) // 2] if step is None else step
@@ -104,6 +108,43 @@ def judge(
     error = _error(out, q, k, v, jnp.asarray(heads))
     mask = _mask(plan, mass.shape[2])[np.asarray(heads)]
     return Judged(float(record.density), recall, np.asarray(error), mass, mask)
+
+
+def planned_steps(policy: Policy, steps: int) -> list[int]:
+    """The steps of a run that are neither dense nor a search."""
+    return [i for i, mode in enumerate(policy.modes(steps)) if mode not in ("dense", "search")]
+
+
+def is_oracle(policy: Policy, steps: int) -> bool:
+    """Whether `judge` shows its search the very q and k that it is judged on."""
+    return "search" in policy.modes(steps)
+
+
+def judge_each(
+    policies: dict[str, Policy], recording: Recording, **where: Any
+) -> tuple[dict[str, Judged], dict[str, str]]:
+    """Judges policies, and goes on where one fails.
+
+    Args:
+        policies: by label.
+        recording: q, k, v.
+        where: further arguments of `judge`.
+
+    Returns:
+        What could be judged, and why the others could not, by label.
+    """
+    judged, failures = {}, {}
+    for name, policy in policies.items():
+        try:
+            judged[name] = judge(policy, recording, **where)
+        except Exception as error:  # a method's own code: it may fail in any way
+            failures[name] = _reason(error)
+    return judged, failures
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what it says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @jax.jit
@@ -243,15 +284,12 @@ def look(
     chosen = list(dict.fromkeys(int(i) for i in (widths.argmin(), widths.argmax())))
     heads = [{"head": i, "width": round(float(widths[i]), 3), "methods": {}} for i in chosen]
     pictures = {i: {} for i in chosen}
-    for name, policy in policies.items():
-        try:
-            judged = judge(policy, recording, heads=chosen, **where)
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            logging.getLogger("pasa_jax").warning("no blocks of %s: %s", name, reason)
-            for head in heads:
-                head["methods"][name] = {"failure": reason}
-            continue
+    found, failures = judge_each(policies, recording, heads=chosen, **where)
+    for name, reason in failures.items():
+        logging.getLogger("pasa_jax").warning("no blocks of %s: %s", name, reason)
+        for head in heads:
+            head["methods"][name] = {"failure": reason}
+    for name, judged in found.items():
         for i, head in enumerate(heads):
             figures = (judged.mask[i].mean(), judged.recall[i], judged.error[i])
             told = (round(float(x), 6) for x in figures)
@@ -275,58 +313,119 @@ def width(recording: Recording, block: int) -> Float[np.ndarray, " N"]:
     return np.asarray(widths)
 
 
+class Shown(NamedTuple):
+    """What an inspection shows of one policy.
+
+    Attributes:
+        judged: its blocks.
+        budgets: density asked for, by step.
+        gamma: the curve's γ_t = ℓ_t / mean ℓ over the steps behind the dense prefix, which shape
+            the budget, by step, NaN before; None where the budget follows no curve.
+        oracle: `is_oracle`.
+    """
+
+    judged: Judged
+    budgets: Float[np.ndarray, " steps"]
+    gamma: Float[np.ndarray, " steps"] | None
+    oracle: bool
+
+    @classmethod
+    def of(
+        cls, policy: Policy, judged: Judged, steps: int, curve: Sequence[float] | None
+    ) -> "Shown":
+        """With the budgets of a run of so many steps, which may follow the curve."""
+        blocks, gamma = judged.mask.shape[2], None
+        curve = curve if policy.reads_curve else None
+        budgets = np.asarray(policy.budgets(steps, blocks, curve)) / blocks
+        if curve is not None:
+            dense = dense_prefix_steps(policy.dense_prefix, steps)
+            gamma, sparse = np.full(steps, np.nan), np.asarray(curve[dense:], np.float64)
+            # As `step_budgets`: a curve of zeros leaves all steps alike.
+            gamma[dense:] = sparse / sparse.mean() if sparse.any() else 1
+        return cls(judged, budgets, gamma, is_oracle(policy, steps))
+
+
 def write_inspection(
     path: Path,
     recording: Recording,
-    judged: dict[str, Judged],
+    shown: dict[str, Shown],
     *,
     head: int,
-    budgets: dict[str, Sequence[float]],
+    step: int,
+    failures: dict[str, str],
 ) -> Path:
     """Draws the mass map beside each policy's mask, and the budgets over the steps; JSON beside it.
 
     Args:
-        path: target, ending in .png; figures go to the same name with .json.
+        path: target, ending in .png; figures, by head, go to the same name with .json.
         recording: what was judged.
-        judged: by label.
+        shown: by label, at least one.
         head: which one is drawn.
-        budgets: density by step, a curve a label.
+        step: which one was judged.
+        failures: by label, why others were not.
 
     Returns:
         The path.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.4 * len(judged) + 3), layout="constrained")
-    rows = figure.subplots(len(judged) + 1, 1, height_ratios=[3] * len(judged) + [2])
-    for axes, (name, one) in zip(rows, judged.items(), strict=False):
-        axes.imshow(picture(one, head), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
-        axes.set(xticks=[], yticks=[], xlabel="key blocks: attention mass, then exact blocks")
-        axes.set_title(
-            f"{name}: density {one.density:.3f}, recall {one.recall[head]:.3f}, "
-            f"error {one.error[head]:.3f}",
-            fontsize="small",
+    figure = Figure(figsize=(8, 3.4 * len(shown) + 3), layout="constrained")
+    rows = figure.subplots(len(shown) + 1, 1, height_ratios=[3] * len(shown) + [2])
+    for axes, (name, one) in zip(rows, shown.items(), strict=False):
+        axes.imshow(
+            picture(one.judged, head), interpolation="nearest", cmap="gray", vmin=0, vmax=255
         )
-    for name, density in budgets.items():
-        rows[-1].plot(density, label=name)
-    rows[-1].set(xlabel="step", ylabel="density", ylim=(0, 1.05))
-    rows[-1].legend(fontsize="small")
+        axes.set(xticks=[], yticks=[], xlabel="key blocks: attention mass, then exact blocks")
+        axes.set_title(f"{name}: {head_told(one, head)}", fontsize="small")
+    _plot_budgets(rows[-1], shown, step)
     figure.suptitle(f"{recording.name}, head {head}")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
-    told = {
-        name: {
-            "density": one.density,
-            "recall": one.recall.round(6).tolist(),
-            "error": one.error.round(6).tolist(),
-            "budgets": list(map(float, budgets[name])),
-        }
-        for name, one in judged.items()
-    }
+    told = {name: _inspected(one) for name, one in shown.items()}
+    told |= {name: {"failure": reason} for name, reason in failures.items()}
     content = {"recording": recording.name, "grid": recording.grid.sizes, "policies": told}
     with atomic(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def head_told(one: Shown, head: int) -> str:
+    """One head's figures in words."""
+    judged = one.judged
+    told = f"density {judged.mask[head].mean():.3f}, recall {judged.recall[head]:.3f}"
+    told += f", error {judged.error[head]:.3f}"
+    return told + (f" ({ORACLE})" if one.oracle else "")
+
+
+def _plot_budgets(axes: Any, shown: dict[str, Shown], step: int) -> None:
+    """Density asked for by step, the measured one at the step, and γ on an axis of its own."""
+    for name, one in shown.items():
+        (line,) = axes.plot(one.budgets, label=name)
+        axes.plot([step], [one.judged.density], "o", color=line.get_color())
+    axes.set(xlabel="step", ylabel="density", ylim=(0, 1.05))
+    axes.set_title("lines: density asked for; points: measured over all heads", fontsize="small")
+    curves = {name: one.gamma for name, one in shown.items() if one.gamma is not None}
+    if curves:
+        right = axes.twinx()
+        right.set(ylabel="γ of the velocity curve (dotted)")
+        for gamma in curves.values():
+            right.plot(gamma, "k:")
+    axes.legend(fontsize="small")
+
+
+def _inspected(one: Shown) -> dict[str, Any]:
+    """As JSON holds it."""
+    told = {
+        "density": one.judged.mask.mean((1, 2)).round(6).tolist(),
+        "recall": one.judged.recall.round(6).tolist(),
+        "error": one.judged.error.round(6).tolist(),
+        "oracle": one.oracle,
+        "density of all heads": one.judged.density,
+        "budgets": one.budgets.tolist(),
+    }
+    if one.gamma is not None:
+        told["gamma"] = [None if np.isnan(x) else round(float(x), 6) for x in one.gamma]
+    return told
 
 
 def recall_curves(
@@ -343,25 +442,25 @@ def recall_curves(
         steps: denoising steps of the runs that the policies believe to be in.
 
     Returns:
-        A row a recording, method and density: real density, and recall and error by head. A method
-        that fails has a row with its reason.
+        A row a recording, method and density: real density, recall and error by head, and
+        `is_oracle`. A method that fails has a row with its reason.
     """
     rows = []
     for recording in recordings:
         for name, family in policies.items():
             for policy in family:
                 row = {"recording": recording.name, "method": name}
-                try:
-                    judged = judge(policy, recording, steps=steps)
-                except (ValueError, NotImplementedError) as error:
-                    rows.append({**row, "failure": str(error)})
+                found, failures = judge_each({name: policy}, recording, steps=steps)
+                if failures:
+                    rows.append({**row, "failure": failures[name]})
                     break
                 rows.append(
                     {
                         **row,
-                        "density": judged.density,
-                        "recall": judged.recall.round(6).tolist(),
-                        "error": judged.error.round(6).tolist(),
+                        "oracle": is_oracle(policy, steps),
+                        "density": found[name].density,
+                        "recall": found[name].recall.round(6).tolist(),
+                        "error": found[name].error.round(6).tolist(),
                     }
                 )
     return rows
@@ -379,8 +478,9 @@ def plot_recall(path: Path, rows: list[dict[str, Any]]) -> None:
         for method in dict.fromkeys(row["method"] for row in own):
             points = [row for row in own if row["method"] == method]
             density = [row["density"] for row in points]
+            label = method + (f" ({ORACLE})" if points[0]["oracle"] else "")
             for plot, key in zip(axes, ("recall", "error"), strict=True):
-                plot.plot(density, [np.mean(row[key]) for row in points], "o-", label=method)
+                plot.plot(density, [np.mean(row[key]) for row in points], "o-", label=label)
         axes[0].set(xlabel="density", ylabel="recall of attention mass", title=name)
         axes[1].set(xlabel="density", ylabel="relative error of the output", yscale="log")
         if own:

@@ -1,6 +1,7 @@
 """Queries, keys and values for looking at methods: recorded from a real run, or planted."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,9 @@ from jaxtyping import Array, Float
 from pasa_jax import sampling
 from pasa_jax.attention import Attention
 from pasa_jax.grid import TokenGrid
+from pasa_jax.models.wan import Wan, WanConfig
 from pasa_jax.pallas_kernels import api
-from pasa_jax.pipeline import Carry, Pipeline, denoise
+from pasa_jax.pipeline import Carry, Pipeline, denoise, seed_keys, start_noise
 from pasa_jax.policies import Context, Policy
 from pasa_jax.settings import Card, Settings
 
@@ -155,17 +157,19 @@ def _recording(recorder: _Recorder, card: Card, settings: Settings) -> Recording
 
 
 def planted(grid: TokenGrid, *, head_dim: int = 64, seed: int = 0) -> Recording:
-    """Three heads of known shape over random ones, batch 1: local, cross-shaped, global.
+    """Three heads of known shape in a Wan of random weights, batch 1: local, cross-shaped, global.
 
-    Random normal q, k and v, as a model of random weights has behind its norms; on top, q and k
-    of the first head make logits that fall with the squared distance (e-fold at two tokens), of
-    the second ones that reward an equal row or column (twice for both), whatever the frame; in the
-    third head every fiftieth key draws all queries, the rest is left even.
+    q, k and v are what the second and last layer of a small Wan attends with at the first step,
+    from noise, its weights drawn as the original draws them before training. Such heads are near
+    even, so the shapes are planted on its q and k, halved to stand out: q and k of the first head
+    make logits that fall with the squared distance (e-fold at two tokens), of the second ones that
+    reward an equal row or column (twice for both), whatever the frame; in the third head every
+    fiftieth key draws all queries, the rest is left as it is.
 
     Args:
         grid: video tokens; rows + columns at most half of `head_dim`.
-        head_dim: H, at least 16.
-        seed: of the random part.
+        head_dim: H, even and at least 16.
+        seed: of the weights and of the noise.
 
     Raises:
         ValueError: rows and columns that do not fit the head.
@@ -175,10 +179,8 @@ def planted(grid: TokenGrid, *, head_dim: int = 64, seed: int = 0) -> Recording:
         raise ValueError(
             f"{head_dim=} must be at least 16 and twice the {places} rows and columns of {grid}"
         )
-    rng = np.random.default_rng(seed)
-    shape = (1, grid.num_tokens, 3, head_dim)
-    q, k = (0.5 * rng.standard_normal(shape) for _ in range(2))
-    v = rng.standard_normal(shape)
+    recording = _random_wan(grid, head_dim, seed)
+    q, k = (0.5 * x.astype(np.float64) for x in (recording.q, recording.k))
     root = head_dim**0.5  # attention divides by it
     axes = [x.reshape(-1).astype(np.float64) for x in np.indices(grid.sizes)]
     at = np.stack([x - x.mean() for x in axes], 1)
@@ -190,7 +192,34 @@ def planted(grid: TokenGrid, *, head_dim: int = 64, seed: int = 0) -> Recording:
     k[0, :, 1, :places] += cross
     q[0, :, 2, 0] = root
     k[0, :, 2, 0] = np.where(np.arange(grid.num_tokens) % 50 == 0, 4.0, 0.0)
-    return Recording(*(x.astype(np.float32) for x in (q, k, v)), grid, "planted heads")
+    q, k = (x.astype(np.float32) for x in (q, k))
+    return Recording(q, k, recording.v, grid, "random Wan, planted heads")
+
+
+def _random_wan(grid: TokenGrid, head_dim: int, seed: int) -> Recording:
+    """The second layer of a Wan of three heads and random weights, on noise."""
+    config = WanConfig(
+        in_channels=4,
+        out_channels=4,
+        patch=(1, 1, 1),
+        dim=3 * head_dim,
+        num_heads=3,
+        num_layers=2,
+        ffn_dim=6 * head_dim,
+        freq_dim=32,
+        text_dim=16,
+        text_len=8,
+        eps=1e-6,
+    )
+    settings = Settings(2, 3.0, 1.0, "euler", grid.frames, grid.columns, grid.rows)
+    lacks = dict(causal=False, scenes=False, has_text=False, has_video=False)
+    about = dict(name="random Wan", folder=Path(), fps=8.0, defaults=settings)
+    card = Card(config=config, weights="random", cell=(1, 1, 1), **lacks, **about)
+    model = Wan(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    latents = start_noise(seed_keys([seed])[0], card.latent_shape(settings))
+    text = jnp.zeros((1, config.text_len, config.text_dim), jnp.float32)  # no words
+    pipeline = Pipeline(card, model, None, None)
+    return record_step(pipeline, np.asarray(latents), text, settings, layer=1, step=0)
 
 
 def _one_hot(grid: TokenGrid, axes: list[np.ndarray]) -> np.ndarray:

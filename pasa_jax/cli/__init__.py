@@ -17,7 +17,7 @@ from pasa_jax.cli import (
     machine,
     search,
 )
-from pasa_jax.cli.parsing import choices, refusing
+from pasa_jax.cli.parsing import choices, refusing, usage
 
 COMMANDS = {
     "generate": (generate.generate, "make videos from prompts"),
@@ -44,7 +44,7 @@ COMMANDS = {
     ),
     "bench": (
         bench.bench,
-        "bench attention: time sparse against dense; bench recall: what methods' blocks hold",
+        "time attention or methods against dense, or measure what methods' blocks hold",
     ),
     "tune": (
         machine.tune,
@@ -61,11 +61,13 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None takes the process's own.
 
     Returns:
-        Exit code: 0, or 2 after one line on stderr when the input was refused.
+        Exit code: 0; after one line on stderr 2 when the input was refused, and 130 when Ctrl-C
+        ended the work.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
+        about = "Videos from prompts by sparse attention, in JAX."
+        print(usage("pasa-jax", "COMMAND", about, COMMANDS))
         return 0
     try:
         with refusing(" ".join(["pasa-jax", *argv[:1]])):
@@ -73,14 +75,10 @@ def main(argv: list[str] | None = None) -> int:
         run(argv[1:])
     except SystemExit as end:
         return int(end.code or 0)
+    except KeyboardInterrupt:
+        print(f"pasa-jax {argv[0]}: interrupted", file=sys.stderr)
+        return 130
     return 0
-
-
-def _usage() -> str:
-    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
-    head = "usage: pasa-jax COMMAND [OPTIONS]\n\nVideos from prompts by sparse attention, in JAX.\n"
-    tail = "\nOptions of a command: pasa-jax COMMAND --help"
-    return "\n".join([head, *lines, tail])
 
 
 def _command(name: str) -> Callable[[list[str]], None]:

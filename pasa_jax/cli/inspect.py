@@ -36,33 +36,36 @@ class Inspect(Methods, Sampling):
 
 def inspect(argv: list[str]) -> None:
     """pasa-jax inspect: attention mass and exact blocks of one layer, head and step."""
-    about = "Draws one head's attention by blocks beside the blocks that each method takes."
+    about = (
+        "Draws one head's attention by blocks beside the blocks that each method takes. AdaSpa "
+        "searches on the very q and k that it is judged on."
+    )
     options = parse(Inspect, "inspect", argv, about)
     with refusing("pasa-jax inspect"):
-        card, policies, curve, options_of_run = _inspection_job(options)
-    from pasa_jax.recall import judge, write_inspection
+        card, policies, step, curve, options_of_run = _inspection_job(options)
+    from pasa_jax.recall import Shown, head_told, judge_each, write_inspection
     from pasa_jax.recording import record
 
     pipeline = load("inspect", card)
     steps, mean = options_of_run["steps"], None if curve is None else curve.mean
-    step = steps // 2 if options.step is None else options.step
     where = dict(layer=options.layer, step=step, seed=options.seed)
     with refusing("pasa-jax inspect", OSError):
         recording = record(pipeline, options.prompts[0], **where, **options_of_run)
-        judged = {
-            name: judge(policy, recording, steps=steps, **where, curve=mean)
-            for name, policy in policies.items()
-        }
-        budgets = {name: _densities(p, recording, steps, mean) for name, p in policies.items()}
-        write_inspection(options.out, recording, judged, head=options.head, budgets=budgets)
-    for name, one in judged.items():
-        told = f"recall {one.recall[options.head]:.3f}, error {one.error[options.head]:.3f}"
-        print(f"{name}: density {one.density:.3f}, {told}")
+        judged, failures = judge_each(policies, recording, steps=steps, **where, curve=mean)
+        if not judged:
+            raise ValueError(f"no method could be judged: {failures}")
+        shown = {name: Shown.of(policies[name], one, steps, mean) for name, one in judged.items()}
+        where = dict(head=options.head, step=step, failures=failures)
+        write_inspection(options.out, recording, shown, **where)
+    for name in policies:
+        known = name in shown
+        told = head_told(shown[name], options.head) if known else f"failed: {failures[name]}"
+        print(f"{name}: {told}")
     print(f"wrote {options.out}")
 
 
-def _inspection_job(options: Inspect) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
-    """Card, policies, curve, and the options of the run that is recorded."""
+def _inspection_job(options: Inspect) -> tuple[Any, dict[str, Any], int, Any, dict[str, Any]]:
+    """Card, policies, step, curve, and the options of the run that is recorded."""
     from pasa_jax.settings import check_policy, check_seeds, read_card
     from pasa_jax.video import STILL_SUFFIXES, check_target
 
@@ -76,16 +79,22 @@ def _inspection_job(options: Inspect) -> tuple[Any, dict[str, Any], Any, dict[st
         raise ValueError(f"head={options.head} must be from 0 to {card.config.num_heads - 1}")
     states, negative = texts(options, card, settings)
     curve = None if options.curve is None else read_curve(options.curve)
-    policies = named_policies(options, card.block(settings))
+    policies = named_policies(options, card.block(settings), "inspect")
     for policy in policies.values():
         check_policy(policy, card, settings, curve if policy.reads_curve else None)
+    step = _step(options.step, policies, settings.steps)
     run = dict(states=states, negative_states=negative, progress=options.progress)
     run |= dict(negative_prompt=options.negative_prompt, **dataclasses.asdict(settings))
-    return card, policies, curve, run
+    return card, policies, step, curve, run
 
 
-def _densities(policy: Any, recording: Any, steps: int, curve: Any) -> list[float]:
-    """The budget of every step as a density."""
-    blocks = recording.grid.num_blocks(policy.block_kv)
-    budgets = policy.budgets(steps, blocks, curve if policy.reads_curve else None)
-    return [float(budget) / blocks for budget in budgets]
+def _step(step: int | None, policies: dict[str, Any], steps: int) -> int:
+    """The step that is asked for, or the middle one, if any method runs its plan there."""
+    from pasa_jax.recall import planned_steps
+
+    step = steps // 2 if step is None else step
+    planned = {i for policy in policies.values() for i in planned_steps(policy, steps)}
+    if step not in planned:
+        runs = f"{min(planned)} to {max(planned)}" if planned else f"none of {steps}"
+        raise ValueError(f"{step=} must be one that a method runs sparse: {runs}")
+    return step

@@ -58,6 +58,30 @@ def choices(value: str, valid: list[str]) -> str:
     return ", ".join(valid) + (f"; nearest is {near[0]!r}" if near else "")
 
 
+def usage(name: str, word: str, about: str, kinds: dict[str, tuple[Any, str]]) -> str:
+    """The --help of a name that a word of several kinds stands behind."""
+    lines = [f"  {kind:<12} {text}" for kind, (_, text) in kinds.items()]
+    tail = f"\nOptions of a {word.lower()}: {name} {word} --help"
+    return "\n".join([f"usage: {name} {word} [OPTIONS]\n\n{about}\n", *lines, tail])
+
+
+def run_kind(
+    name: str,
+    about: str,
+    kinds: dict[str, tuple[Callable[[list[str]], None], str]],
+    argv: list[str],
+) -> None:
+    """Runs what the first word of a command's arguments names."""
+    what = argv[0] if argv else ""
+    if what in ("-h", "--help"):
+        print(usage(f"pasa-jax {name}", "KIND", about, kinds))
+        return
+    with refusing(f"pasa-jax {name}"):
+        if what not in kinds:
+            raise ValueError(f"{what!r} must be one of {choices(what, list(kinds))}")
+    kinds[what][0](argv[1:])
+
+
 def of(metavar: str, hint: str = "") -> Any:
     """How an option whose default is None shows in --help."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pasa_jax.cli.options import Prompts, Sampling, load, recording_order
-from pasa_jax.cli.parsing import choices, nested, of, parse, refusing
+from pasa_jax.cli.parsing import nested, of, parse, refusing, run_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SearchParo(Sampling):
     Attributes:
         prompts: others than those to be made, one or two; tiny has two of its own.
         prompt_states: text states of the prompts, as in `pasa-jax generate`.
-        out: JSON file.
+        out: JSON file, written at the end: after an interruption the search starts anew.
     """
 
     prompts: Prompts = ()
@@ -53,12 +53,13 @@ class SearchPatterns(SearchParo):
 
 def search(argv: list[str]) -> None:
     """pasa-jax search: masks from dense sampling, for the policies that need them."""
-    kinds = {"compact": _search_compact, "paro": _search_paro, "sparse_vdit": _search_patterns}
-    with refusing("pasa-jax search"):
-        what = argv[0] if argv else ""
-        if what not in kinds:
-            raise ValueError(f"{what!r} must be one of {choices(what, list(kinds))}")
-    kinds[what](argv[1:])
+    anew = "; starts anew after an interruption"
+    kinds = {
+        "compact": (_search_compact, "windows of each head; goes on after an interruption"),
+        "paro": (_search_paro, "order of tokens and masks of each head" + anew),
+        "sparse_vdit": (_search_patterns, "pattern of each head" + anew),
+    }
+    run_kind("search", "Finds what a model's heads need, for --masks.", kinds, argv)
 
 
 def _search_patterns(argv: list[str]) -> None:
@@ -68,7 +69,7 @@ def _search_patterns(argv: list[str]) -> None:
     about = "Chooses each head's pattern, by dense sampling."
     options_class = nested(SearchPatterns, "criterion", vdit_search.Criterion)
     options = parse(options_class, "search sparse_vdit", argv, about)
-    with refusing("pasa-jax search sparse_vdit"):
+    with refusing("pasa-jax search sparse_vdit", OSError):
         card, settings, options, states, negative = recording_order(options, 2)
         patterns, _ = vdit_search.search_patterns(
             load("search sparse_vdit", card),
@@ -81,7 +82,7 @@ def _search_patterns(argv: list[str]) -> None:
             progress=options.progress,
             **dataclasses.asdict(settings),
         )
-    patterns.save(options.out)
+        patterns.save(options.out)
     print(f"wrote {options.out}: {patterns.prompts} prompts, density {patterns.density:.3f}")
 
 
@@ -92,20 +93,20 @@ def _search_paro(argv: list[str]) -> None:
     about = "Chooses each head's order of tokens and its blocks, by dense sampling."
     options_class = nested(SearchParo, "criterion", paro_search.Criterion)
     options = parse(options_class, "search paro", argv, about)
-    with refusing("pasa-jax search paro"):
+    with refusing("pasa-jax search paro", OSError):
         card, settings, options, states, negative = recording_order(options, 2)
         paro_search.Search.start(card, settings, options.criterion)
-    masks = paro_search.calibrate_paro(
-        load("search paro", card),
-        list(options.prompts),
-        criterion=options.criterion,
-        negative_prompt=options.negative_prompt,
-        states=None if states is None else list(states),
-        negative_states=negative,
-        progress=options.progress,
-        **dataclasses.asdict(settings),
-    )
-    masks.save(options.out)
+        masks = paro_search.calibrate_paro(
+            load("search paro", card),
+            list(options.prompts),
+            criterion=options.criterion,
+            negative_prompt=options.negative_prompt,
+            states=None if states is None else list(states),
+            negative_states=negative,
+            progress=options.progress,
+            **dataclasses.asdict(settings),
+        )
+        masks.save(options.out)
     heads, buckets = sum(map(len, masks.orders)), len(masks.starts)
     print(
         f"wrote {options.out}: {masks.prompts} prompts, density "
@@ -120,23 +121,23 @@ def _search_compact(argv: list[str]) -> None:
     about = "Searches the windows that each head needs, by dense sampling."
     options_class = nested(Search, "criterion", compact_search.Criterion)
     options = parse(options_class, "search compact", argv, about)
-    with refusing("pasa-jax search compact"):
+    with refusing("pasa-jax search compact", OSError):
         card, settings, options, states, negative = recording_order(options, 4)
         compact_search.Search.start(card, settings, options.criterion)
-    parts = compact_search.Parts(options.out.with_suffix(".parts"))
-    masks, recall = compact_search.search_masks(
-        load("search compact", card),
-        list(options.prompts),
-        criterion=options.criterion,
-        parts=parts,
-        negative_prompt=options.negative_prompt,
-        states=None if states is None else list(states),
-        negative_states=negative,
-        progress=options.progress,
-        **dataclasses.asdict(settings),
-    )
-    masks.save(options.out)
-    parts.clear()
+        parts = compact_search.Parts(options.out.with_suffix(".parts"))
+        masks, recall = compact_search.search_masks(
+            load("search compact", card),
+            list(options.prompts),
+            criterion=options.criterion,
+            parts=parts,
+            negative_prompt=options.negative_prompt,
+            states=None if states is None else list(states),
+            negative_states=negative,
+            progress=options.progress,
+            **dataclasses.asdict(settings),
+        )
+        masks.save(options.out)
+        parts.clear()
     print(
         f"wrote {options.out}: {masks.prompts} prompts, density {masks.density:.3f} in sparse "
         f"steps, recall of a prompt's own windows {recall.mean():.3f}, at least {recall.min():.3f}"
