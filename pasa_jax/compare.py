@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool
 
 from pasa_jax import metrics
 from pasa_jax.caches import SKIP, StepCache
@@ -35,9 +35,18 @@ from pasa_jax.video import atomic
 
 DENSE = "dense"
 NOT_SPARSE = ("dense", "search", SKIP)  # modes that run no sparse attention
-FAILURES = (ValueError, NotImplementedError, RuntimeError)  # of a method; the others go on
+PLAIN = (ValueError, NotImplementedError, RuntimeError)  # failures that need no name before them
 # Metrics of a clip, in the order of tables; those that are None throughout are left out.
-METRICS = ("psnr", "ssim", "smoothness", "smoothness_gap", "flicker", "lpips", "latent_error")
+METRICS = (
+    "psnr",
+    "ssim",
+    "smoothness",
+    "smoothness_gap",
+    "flicker",
+    "flicker_gap",
+    "lpips",
+    "latent_error",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +57,8 @@ class Clip:
         prompt, seed: of the clip.
         psnr, ssim, lpips: against dense attention's clip; psnr is None where the two are equal.
         smoothness: `metrics.smoothness`; `smoothness_gap` its distance from dense's own.
-        flicker: `metrics.flicker` over the pixels that stand still in dense's clip.
+        flicker: `metrics.flicker` over the pixels that stay near the background's colour in this
+            clip and in dense's; `flicker_gap` its distance from dense's own over the same pixels.
         latent_error: relative error of the final latents against dense's.
     """
 
@@ -59,6 +69,7 @@ class Clip:
     smoothness: float | None = None
     smoothness_gap: float | None = None
     flicker: float | None = None
+    flicker_gap: float | None = None
     lpips: float | None = None
     latent_error: float | None = None
 
@@ -73,7 +84,7 @@ class Entry:
     clips: list[Clip] = dataclasses.field(default_factory=list)
     frames: list[np.ndarray] = dataclasses.field(default_factory=list)
     errors: list[np.ndarray] = dataclasses.field(default_factory=list)  # [steps, P] a batch
-    densities: list[np.ndarray] = dataclasses.field(default_factory=list)  # [steps, layers]
+    densities: list[np.ndarray] = dataclasses.field(default_factory=list)  # [steps, layers] a clip
     seconds: list[np.ndarray] = dataclasses.field(default_factory=list)  # [steps] a full batch
     readings: list[Any] = dataclasses.field(default_factory=list)
     cost: dict[str, float] | None = None
@@ -87,10 +98,13 @@ class Compared(NamedTuple):
         comparison: as JSON holds it: machine, settings, "clips" asked for and done, and for each
             method parameters, every step's mode, clips, means with standard deviations, real
             density by step and layer (0 where the cache skipped the step; "sparse" is the mean over
-            those that ran sparse), error by step, seconds, speed-up, attention's share of a step,
-            planning's share of attention, and what tiny's check reads. A method that fails is
-            reported with its reason and without figures. "blocks" tells what the methods' blocks
-            hold in two heads of one layer (`recall.Look`); None where nothing could be recorded.
+            those that ran sparse), error by step, seconds, speed-up, attention's share of the steps
+            that are not dense and planning's share of that attention, searches among it, and what
+            tiny's check reads. Where no run was free of compilation, speed-up, seconds of a step
+            and attention's share are None. A method that fails, or ends in latents that are not
+            finite, is reported with its reason and without figures. "blocks" tells what the
+            methods' blocks hold in two heads of one layer (`recall.Look`); None where nothing could
+            be recorded.
         frames: the shown clips by method.
         pictures: of the blocks by head, then by method.
     """
@@ -122,7 +136,7 @@ def compare(
     Args:
         pipeline: its model is sampled.
         prompts, seeds: all pairs of the two are clips.
-        policies: by label; "dense" is added where it is missing.
+        policies: by label. "dense" is the reference, `Dense()`, whether named here or not.
         cache: of every policy, dense included, labelled "pasa + every-2"; the reference "dense"
             has none, so speed-ups count what the cache saves. None for none at all.
         batch: clips sampled together.
@@ -136,7 +150,8 @@ def compare(
         settings: fields of `Settings`; those not given are the card's.
 
     Raises:
-        ValueError: no clip, no policy, or settings that the model refuses.
+        ValueError: no clip, no policy, a "dense" that is not dense, settings that the model
+            refuses, or latents of dense attention that are not finite.
     """
     if batch < 1 or shown < 0:
         raise ValueError(f"{batch=} must be at least 1 and {shown=} at least 0")
@@ -146,24 +161,27 @@ def compare(
     entries = _entries(pipeline, chosen, policies, cache)
     pairs = [(i, seed) for i in range(len(prompts)) for seed in seeds]
     still = _still_pixels(prompts) if pipeline.card.scenes else None
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
-        job = dict(
-            seeds=[seed for _, seed in part],
-            states=None if states is None else states[[i for i, _ in part]],
-            negative_prompt=negative_prompt,
-            negative_states=negative_states,
-            progress=progress,
-            **dataclasses.asdict(chosen),
-        )
-        asked = [prompts[i] for i, _ in part]
-        path = _run_batch(pipeline, asked, job, entries, curve, still, shown)
-        if start == 0:
-            _measure_costs(pipeline, entries, chosen, curve, len(part))
+    asked = dict(
+        negative_prompt=negative_prompt,
+        negative_states=negative_states,
+        progress=progress,
+        **dataclasses.asdict(chosen),
+    )
+    jobs = [
+        {**_clips(pairs[start : start + batch], prompts, states), **asked}
+        for start in range(0, len(pairs), batch)
+    ]
+    done = 0
+    for job in jobs:
+        path = _run_batch(pipeline, job, entries, curve, still, shown)
+        if done == 0:
+            _measure_costs(pipeline, entries, chosen, curve, len(job["seeds"]))
             spot = _spot(pipeline, entries, chosen, path, seeds[0])
-        comparison = _comparison(pipeline, chosen, prompts, entries)
-        comparison["clips"] = {"asked": len(pairs), "done": start + len(part)}
-        _write(folder, comparison)
+        done += len(job["seeds"])
+        clips = {"asked": len(pairs), "done": done}
+        _write(folder, {**_comparison(pipeline, chosen, prompts, entries), "clips": clips})
+    _time_again(pipeline, jobs[0], entries, curve)
+    comparison = {**_comparison(pipeline, chosen, prompts, entries), "clips": clips}
     clip = (prompts[0], seeds[0], None if states is None else states[:1])
     comparison["blocks"], pictures = _look(pipeline, entries, chosen, curve, clip, spot)
     _write(folder, comparison)
@@ -176,6 +194,16 @@ def _write(folder: Path | None, comparison: dict[str, Any]) -> None:
         write_tables(folder, comparison)
 
 
+def _clips(pairs: list[tuple[int, int]], prompts, states) -> dict[str, Any]:
+    """Prompts, seeds and states of a batch, for `Pipeline.generate`."""
+    rows = [i for i, _ in pairs]
+    return dict(
+        prompts=[prompts[i] for i in rows],
+        seeds=[seed for _, seed in pairs],
+        states=None if states is None else states[rows],
+    )
+
+
 def _entries(
     pipeline: Pipeline, settings: Settings, policies: dict[str, Policy], cache: StepCache | None
 ) -> dict[str, Entry]:
@@ -184,14 +212,17 @@ def _entries(
     def entry(policy, cache):
         return Entry(policy, pipeline.modes(policy, settings, cache), cache)
 
-    policies = {DENSE: Dense(), **policies}
+    named = policies.get(DENSE, Dense())
+    if set(named.modes(settings.steps)) != {"dense"}:
+        raise ValueError(f"policies['dense']={named} must be dense at all steps: it is compared to")
+    policies = {DENSE: Dense()} | {name: p for name, p in policies.items() if name != DENSE}
     if cache is None:
         return {name: entry(policy, None) for name, policy in policies.items()}
     cached = {f"{name} + {cache}": entry(policy, cache) for name, policy in policies.items()}
     return {DENSE: entry(policies[DENSE], None), **cached}
 
 
-def _run_batch(pipeline, prompts, job, entries, curve, still, shown) -> list[np.ndarray]:
+def _run_batch(pipeline, job, entries, curve, still, shown) -> list[np.ndarray]:
     """One batch of clips under every method that has not failed; dense first.
 
     Returns dense's latents behind every step.
@@ -201,17 +232,9 @@ def _run_batch(pipeline, prompts, job, entries, curve, still, shown) -> list[np.
         if entry.failure is not None:
             continue
         seen = path if name == DENSE else []
-        read = curve if entry.policy.reads_curve else None
         try:
-            result = pipeline.generate(
-                prompts,
-                policy=entry.policy,
-                cache=entry.cache,
-                curve=read,
-                observe=lambda i, latents, seen=seen: seen.append(np.asarray(latents)),
-                **job,
-            )
-        except FAILURES as error:
+            result = _sample(pipeline, job, entry, curve, seen)
+        except Exception as error:
             if name == DENSE:
                 raise
             _fail(name, entry, error)
@@ -221,21 +244,48 @@ def _run_batch(pipeline, prompts, job, entries, curve, still, shown) -> list[np.
     return path
 
 
+def _sample(pipeline: Pipeline, job, entry: Entry, curve, path: list[np.ndarray]) -> Result:
+    """A batch under one method; adds its latents behind every step to the path."""
+    result = pipeline.generate(
+        policy=entry.policy,
+        cache=entry.cache,
+        curve=curve if entry.policy.reads_curve else None,
+        observe=lambda i, latents: path.append(np.asarray(latents)),
+        **job,
+    )
+    wrong = sum(not np.isfinite(clip).all() for clip in result.latents)
+    if wrong:
+        raise ValueError(f"latents must be finite; {wrong} of {len(result.latents)} clips' are not")
+    return result
+
+
+def _time_again(pipeline: Pipeline, job, entries: dict[str, Entry], curve) -> None:
+    """Runs a batch once more under the methods none of whose runs is free of compilation."""
+    for name, entry in entries.items():
+        if entry.failure is None and not step_seconds(entry.modes, entry.seconds)[1]:
+            try:
+                entry.seconds.append(_sample(pipeline, job, entry, curve, []).seconds)
+            except Exception as error:
+                logger = logging.getLogger("pasa_jax")
+                logger.warning("%s could not be timed again: %s", name, _reason(error))
+
+
 def _fail(name: str, entry: Entry, error: Exception) -> None:
     entry.failure = _reason(error)
     logging.getLogger("pasa_jax").warning("%s failed: %s", name, entry.failure)
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what it says."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of what it says, behind its name where the words alone would say little."""
+    name, told = type(error).__name__, (str(error).splitlines() or [""])[0]
+    return (told if isinstance(error, PLAIN) and told else f"{name}: {told}").removesuffix(": ")
 
 
 def _note(entry: Entry, result: Result, exact: Result, paths, still, shown: int) -> None:
     """Adds a batch's clips to the method's entry."""
     errors = [metrics.relative_error(own, dense) for own, dense in zip(*paths, strict=True)]
     entry.errors.append(np.stack(errors))
-    entry.densities.append(result.densities)
+    entry.densities += [result.densities] * len(result.prompts)
     if len(result.prompts) == entry.errors[0].shape[1]:  # a smaller last batch compiles anew
         entry.seconds.append(result.seconds)
     for i, (prompt, seed) in enumerate(zip(result.prompts, result.seeds, strict=True)):
@@ -254,7 +304,8 @@ def _note(entry: Entry, result: Result, exact: Result, paths, still, shown: int)
 def _measured(clip: Clip, video, dense, still, is_dense: bool) -> Clip:
     """The clip with the metrics of its frames."""
     smooth = metrics.smoothness(video)
-    flicker = metrics.flicker(video, still(clip.prompt, dense)) if still else None
+    pixels = still(clip.prompt, video, dense) if still else np.zeros(video.shape[1:3], bool)
+    flicker = metrics.flicker(video, pixels)
     own = dataclasses.replace(clip, smoothness=smooth, flicker=flicker)
     if is_dense:
         return dataclasses.replace(own, latent_error=None)
@@ -264,14 +315,16 @@ def _measured(clip: Clip, video, dense, still, is_dense: bool) -> Clip:
         psnr=decibel if math.isfinite(decibel) else None,
         ssim=metrics.ssim(video, dense),
         smoothness_gap=abs(smooth - metrics.smoothness(dense)),
+        flicker_gap=None if flicker is None else abs(flicker - metrics.flicker(dense, pixels)),
         lpips=metrics.lpips(video, dense) if metrics.has_lpips() else None,
     )
 
 
-def _still_pixels(
-    prompts: Sequence[str],
-) -> Callable[[str, UInt8[np.ndarray, "F Y X 3"]], Bool[np.ndarray, "Y X"]] | None:
-    """Which pixels of dense's clip show the background throughout; None outside tiny's grammar."""
+def _still_pixels(prompts: Sequence[str]) -> Callable[..., Bool[np.ndarray, "Y X"]] | None:
+    """Which pixels show the background throughout all of a prompt's given clips.
+
+    None outside tiny's grammar.
+    """
     from pasa_jax.models.tiny import scenes
 
     try:
@@ -279,14 +332,14 @@ def _still_pixels(
     except ValueError:
         return None
 
-    def still(prompt, dense):
+    def still(prompt, *videos):
         scene = wanted[prompt]
         if scene.drifting:  # the texture fills the frame and moves
-            return np.zeros(dense.shape[1:3], bool)
+            return np.zeros(videos[0].shape[1:3], bool)
         ground = np.asarray(scenes.COLOURS[scene.colours[1]], np.float32)
         # As `check.read` tells colours apart: 0.45 is half the distance between the nearest two.
-        near = ((dense / np.float32(255) - ground) ** 2).sum(-1) < 0.45**2
-        return near.all(0)
+        clips = np.concatenate(videos) / np.float32(255)
+        return (((clips - ground) ** 2).sum(-1) < 0.45**2).all(0)
 
     return still
 
@@ -296,8 +349,9 @@ def _measure_costs(pipeline: Pipeline, entries, settings, curve, clips: int) -> 
     for name, entry in entries.items():
         if entry.failure is None:
             try:
-                entry.cost = _attention_cost(pipeline, entry, settings, curve, clips)
-            except FAILURES as error:
+                dense = entries[DENSE].cost
+                entry.cost = _attention_cost(pipeline, entry, settings, curve, clips, dense)
+            except Exception as error:
                 if name == DENSE:
                     raise
                 _fail(name, entry, error)
@@ -363,7 +417,7 @@ def _look(
             curve=None if curve is None else curve.mean,
             **where,
         )
-    except FAILURES as error:
+    except Exception as error:
         logging.getLogger("pasa_jax").warning("no pictures of blocks: %s", _reason(error))
         return None, {}
     about = dict(prompt=prompt, seed=seed, num_blocks=found.num_blocks, **where)
@@ -371,14 +425,19 @@ def _look(
 
 
 def _attention_cost(
-    pipeline: Pipeline, entry: Entry, settings: Settings, curve: VelocityCurve | None, clips: int
+    pipeline: Pipeline,
+    entry: Entry,
+    settings: Settings,
+    curve: VelocityCurve | None,
+    clips: int,
+    dense: dict[str, float] | None,
 ) -> dict[str, float]:
-    """Seconds of one layer's attention, and of its planning, at a sparse step of a batch of clips.
+    """Seconds of one layer's attention, and of its planning, mean over `_own_steps`.
 
-    On random normal q, k, v of the model's shape; the median of five calls, compiled before. Layer
-    and step are the first that the method runs sparse.
+    For a batch of clips, on random normal q, k, v of the model's shape, in the first layer that the
+    method runs sparse. A search's planning is what it takes beyond dense attention.
     """
-    mode = "sparse" if "sparse" in entry.modes else "dense"
+    modes = collections.Counter(entry.modes[i] for i in _own_steps(entry.modes))
     config, grid = pipeline.card.config, pipeline.card.grid(settings)
     rows = clips * (1 if settings.guidance == 1 else 2)
     mean = None if curve is None else curve.mean
@@ -386,11 +445,24 @@ def _attention_cost(
     draws = jax.random.split(jax.random.key(1), 3)
     sizes = (rows, grid.num_tokens, config.num_heads, config.head_dim)
     qkv = [jax.random.normal(key, sizes, jnp.float32) for key in draws]
-    state = layer.state(*qkv)
-    cost = {"attention": _seconds(attend_layer, layer, mode, state, *qkv)}
-    if mode == "sparse":
-        cost["planning"] = _seconds(plan_layer, layer, mode, state, *qkv)
-    return cost
+    operands = layer.state(*qkv), *qkv
+    calls = {("attention", mode): (attend_layer, mode) for mode in modes}
+    calls |= {("planning", mode): (plan_layer, mode) for mode in modes if mode not in NOT_SPARSE}
+    taken = _seconds({key: (f, layer, mode, *operands) for key, (f, mode) in calls.items()})
+    if "search" in modes:
+        beyond = taken["attention", "search"] - dense["attention"]
+        taken["planning", "search"] = max(0.0, beyond)
+    kinds = ("attention",) if set(modes) == {"dense"} else ("attention", "planning")
+    return {
+        kind: sum(taken[kind, mode] * n for mode, n in modes.items()) / modes.total()
+        for kind in kinds
+    }
+
+
+def _own_steps(modes: Sequence[str]) -> list[int]:
+    """Steps that are neither dense nor skipped; the computed ones where there is none."""
+    own = [i for i, mode in enumerate(modes) if mode not in ("dense", SKIP)]
+    return own or [i for i, mode in enumerate(modes) if mode != SKIP]
 
 
 def _sparse_densities(entry: Entry) -> np.ndarray:
@@ -401,21 +473,22 @@ def _sparse_densities(entry: Entry) -> np.ndarray:
     return density[:, layers] if density.size and layers else np.ones((1, 1))
 
 
-def _seconds(function: Callable[..., Any], *operands: Any) -> float:
-    jax.block_until_ready(function(*operands))
-    taken = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*operands))
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+def _seconds(calls: dict[Any, tuple[Any, ...]]) -> dict[Any, float]:
+    """Median seconds of calls, each a function and its operands, over five interleaved rounds."""
+    taken = {key: [] for key in calls}
+    for _ in range(6):
+        for key, (function, *operands) in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(*operands))
+            taken[key].append(time.perf_counter() - start)
+    return {key: statistics.median(rounds[1:]) for key, rounds in taken.items()}  # first compiles
 
 
 def step_seconds(modes: Sequence[str], runs: Sequence[np.ndarray]) -> tuple[np.ndarray, bool]:
     """Seconds of every step without compilation, the median over runs.
 
-    The first step of each mode in the first run includes compilation: it is left out, and where no
-    other run has that step, the mode's median over the rest stands for it.
+    The first step of each mode in the first run is taken to include compilation: it is left out,
+    and where no other run has that step, the mode's median over the rest stands for it.
 
     Args:
         modes: of the steps.
@@ -442,7 +515,8 @@ def step_seconds(modes: Sequence[str], runs: Sequence[np.ndarray]) -> tuple[np.n
 def _comparison(pipeline, settings, prompts, entries) -> dict[str, Any]:
     """Everything measured, as JSON holds it."""
     exact, layers = entries[DENSE], pipeline.card.config.num_layers
-    dense = step_seconds(exact.modes, exact.seconds)[0].sum()
+    dense, clean = step_seconds(exact.modes, exact.seconds)
+    dense = float(dense.sum()) if clean else None
     grid = pipeline.card.grid(settings)
     return {
         **machine(),
@@ -486,16 +560,20 @@ def _cache(entry: Entry) -> dict[str, Any] | None:
     return {"name": str(entry.cache), "computed": computed, **dataclasses.asdict(entry.cache)}
 
 
-def _attention_share(entry: Entry, exact: Entry, layers: int) -> float:
-    """Share of a sparse step's seconds that its self-attention takes; at most 1."""
+def _attention_share(entry: Entry, exact: Entry, layers: int) -> float | None:
+    """Share of the seconds of `_own_steps` that self-attention takes; None with compilation.
+
+    Attention is timed apart, so that the share may pass 1.
+    """
     dense_layers = sum(layer < layers for layer in entry.policy.dense_layers)
-    seconds = (layers - dense_layers) * entry.cost["attention"]
-    seconds += dense_layers * exact.cost["attention"]
-    return min(1.0, seconds / _sparse_step(entry))
+    attention = (layers - dense_layers) * entry.cost["attention"]
+    attention += dense_layers * exact.cost["attention"]
+    seconds, clean = step_seconds(entry.modes, entry.seconds)
+    return float(attention / seconds[_own_steps(entry.modes)].mean()) if clean else None
 
 
 def _planning_share(cost: dict[str, float]) -> float | None:
-    """Share of the sparse attention's seconds that scores and selection take."""
+    """Share of that attention's seconds that scores, selection and searches take."""
     return cost["planning"] / cost["attention"] if "planning" in cost else None
 
 
@@ -507,8 +585,8 @@ def _sparse_step(entry: Entry) -> float:
     return float(np.median(seconds[sparse or computed]))
 
 
-def _figures(entry: Entry, prompts, dense: float) -> dict[str, Any]:
-    """One method's figures."""
+def _figures(entry: Entry, prompts, dense: float | None) -> dict[str, Any]:
+    """One method's figures; `dense` seconds of the reference's run, None with compilation."""
     seconds, clean = step_seconds(entry.modes, entry.seconds)
     clips = [dataclasses.asdict(clip) for clip in entry.clips]
     return {
@@ -520,12 +598,12 @@ def _figures(entry: Entry, prompts, dense: float) -> dict[str, Any]:
         },
         "error_by_step": np.concatenate(entry.errors, axis=1).mean(1).round(9).tolist(),
         "seconds": {
-            "step": _sparse_step(entry),
+            "step": _sparse_step(entry) if clean else None,
             "run": float(seconds.sum()),
             "includes_compilation": not clean,
             **{f"{key} of a layer": value for key, value in entry.cost.items()},
         },
-        "speedup": float(dense / seconds.sum()),
+        "speedup": float(dense / seconds.sum()) if clean and dense is not None else None,
         "check": _check(entry, prompts),
         "clips": clips,
     }
@@ -553,13 +631,15 @@ def _check(entry: Entry, prompts: Sequence[str]) -> dict[str, dict[str, float]] 
 
 
 def write_tables(folder: Path, comparison: dict[str, Any]) -> None:
-    """Writes comparison.json, and comparison.csv with a row a clip and method."""
+    """Writes comparison.json, and comparison.csv: a row a clip and method, one if it failed."""
     with atomic(folder / "comparison.json") as temporary:
-        temporary.write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
-    text = io.StringIO()
-    rows = csv.DictWriter(text, ["method", *(field.name for field in dataclasses.fields(Clip))])
+        told = json.dumps(comparison, indent=1, allow_nan=False)
+        temporary.write_text(told + "\n", encoding="utf-8")
+    text, fields = io.StringIO(), [field.name for field in dataclasses.fields(Clip)]
+    rows = csv.DictWriter(text, ["method", *fields, "failure"])
     rows.writeheader()
     for name, method in comparison["methods"].items():
-        rows.writerows({"method": name, **clip} for clip in method.get("clips", []))
+        failed = [{"failure": method["failure"]}] if "failure" in method else []
+        rows.writerows({"method": name, **row} for row in method.get("clips", failed))
     with atomic(folder / "comparison.csv") as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")

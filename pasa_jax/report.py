@@ -27,13 +27,18 @@ class Head(NamedTuple):
 
 
 HEADS = {
-    "psnr": Head("PSNR dB ↑", 1, 2, "PSNR and SSIM: against dense attention's clip"),
+    "psnr": Head("PSNR dB ↑", 1, 2, "PSNR and SSIM: against dense's clip, PSNR without equal ones"),
     "ssim": Head("SSIM ↑", 1, 3, ""),
-    "smoothness": Head("smooth ↑", 1, 4, "smooth: VBench's smoothness of motion"),
-    "smoothness_gap": Head("off dense ↓", 1, 4, "off dense: its distance from dense's own"),
+    "smoothness": Head("smooth ↑", 1, 4, "smooth: VBench's temporal flickering score"),
+    "smoothness_gap": Head("off dense ↓", 1, 4, "off dense: distance from dense's own"),
     "flicker": Head(
-        "flicker ×10⁻³ ↓", 1000, 2, "flicker: variance over time of pixels that should stand still"
+        "flicker ×10⁻³ ↓",
+        1000,
+        2,
+        "flicker: variance over time of the pixels that stay near the background's colour in the "
+        "clip and in dense's, over which dense's own counts too",
     ),
+    "flicker_gap": Head("off dense ×10⁻³ ↓", 1000, 2, ""),
     "lpips": Head("LPIPS ↓", 1, 3, "LPIPS: perceived distance from dense's clip"),
     "latent_error": Head(
         "latents ↓", 1, 3, "latents: relative error of the final latents against dense's"
@@ -176,9 +181,10 @@ def _table(comparison: dict[str, Any]) -> str:
             "steps: computed ones, and those that a cache skipped",
             "density: exact share of the key blocks in sparse steps",
             *meanings,
-            "seconds: without compilation, for a batch of clips",
-            "attention: its share of a sparse step",
-            "planning: scores and selection, as a share of that attention",
+            "seconds: without compilation, for a batch of clips; what depends on them is left out "
+            "where no run was free of it",
+            "attention: its share of the steps that are not dense, timed apart",
+            "planning: scores, selection and searches, as a share of that attention",
         ]
     )
     return _tabulate([_cells("th", heads)], rows) + f"<p>{html.escape(note)}.</p>"
@@ -199,25 +205,33 @@ def _row(name: str, method: dict[str, Any], kept: list[str], width: int) -> str:
         reason = html.escape(method["failure"])
         return f'<tr>{first}<td class="failed" colspan="{width - 1}">failed: {reason}</td></tr>'
     seconds, skipped = method["seconds"], method["modes"].count(SKIP)
-    asked, planning = _asked(method), method["planning_share"]
+    asked, total = _asked(method), len(method["clips"])
     cells = [
         _two(str(len(method["modes"]) - skipped), f"+ {skipped} cached" if skipped else ""),
         _two(f"{method['density']['sparse']:.3f}", "" if asked is None else f"not {asked:g}"),
-        *(_spread(method["metrics"][metric], HEADS[metric]) for metric in kept),
-        f"{seconds['step']:.3f}",
+        *(_spread(method["metrics"][metric], HEADS[metric], total) for metric in kept),
+        _known("{:.3f}", seconds["step"]),
         _two(
             f"{seconds['run']:.2f}",
             "with compilation" if seconds["includes_compilation"] else "",
         ),
-        f"{method['speedup']:.2f}x",
-        f"{100 * method['attention_share']:.0f} %",
-        "" if planning is None else f"{100 * planning:.0f} %",
+        _known("{:.2f}x", method["speedup"]),
+        _percent(method["attention_share"]),
+        _percent(method["planning_share"]),
     ]
     return f"<tr>{first}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _two(main: str, below: str) -> str:
-    return main + (f"<small>{below}</small>" if below else "")
+def _known(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _two(main: str, *below: str) -> str:
+    return main + "".join(f"<small>{text}</small>" for text in below if text)
 
 
 def density_told(method: dict[str, Any]) -> str:
@@ -233,11 +247,14 @@ def _asked(method: dict[str, Any]) -> float | None:
     return None if asked is None or abs(real - asked) <= 0.1 * asked else asked
 
 
-def _spread(value: dict[str, float] | None, head: Head) -> str:
+def _spread(value: dict[str, float] | None, head: Head, total: int) -> str:
+    """Mean, deviation, and the number of clips that have a value unless all have."""
     if value is None:
         return ""
     mean, std = (f"{head.factor * value[key]:.{head.digits}f}" for key in ("mean", "std"))
-    return _two(mean, f"± {std}" if value["clips"] > 1 else "")
+    count = value["clips"]
+    partial = "" if count == total else f"{count} of {total}"
+    return _two(mean, f"± {std}" if count > 1 else "", partial)
 
 
 def _has_check(comparison: dict[str, Any]) -> bool:

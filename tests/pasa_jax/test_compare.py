@@ -1,11 +1,14 @@
 """Comparisons on a pipeline of random weights: figures, failures, tables, and the page."""
 
+import collections
 import csv
 import dataclasses
+import functools
 import json
 import os
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,9 +17,19 @@ from pasa_jax.caches import make_cache
 from pasa_jax.cli import main
 from pasa_jax.cli.compare import Compare
 from pasa_jax.cli.methods import named_policies
-from pasa_jax.compare import METRICS, compare, step_seconds, write_tables
+from pasa_jax.compare import (
+    METRICS,
+    Clip,
+    Entry,
+    _attention_cost,
+    _measured,
+    _still_pixels,
+    compare,
+    step_seconds,
+    write_tables,
+)
 from pasa_jax.pipeline import Pipeline, Result
-from pasa_jax.policies import Pisa, Policy
+from pasa_jax.policies import AdaSpa, Dense, Pisa, Policy
 from pasa_jax.report import density_told, write_page
 
 PROMPTS = ["blue and white waves moving left", "a red circle moving up on a green background"]
@@ -77,7 +90,7 @@ def test_figures_are_those_of_the_clips(compared):
     assert pisa["density"]["sparse"] == pytest.approx(density[1:].mean(), abs=1e-6)
     assert pisa["error_by_step"][0] == 0 < pisa["error_by_step"][1] < pisa["error_by_step"][2]
     assert pisa["modes"] == ["dense", "sparse", "sparse"]
-    assert 0 < pisa["attention_share"] <= 1 and pisa["speedup"] > 0
+    assert pisa["attention_share"] > 0 and pisa["speedup"] > 0
     assert compared.comparison["methods"]["dense"]["metrics"]["latent_error"] is None
 
 
@@ -130,22 +143,32 @@ def test_a_model_without_decoder_has_its_page_too(compared, pipeline, tmp_path):
 class Canned:
     """Stands for `Pipeline.generate`: finished runs without a model; the fourth batch never ends.
 
-    A step takes a second, with a smaller batch a hundred.
+    A step takes a second, with a smaller batch a hundred, and compilation fifty. `wrong` holds what
+    a policy's run of a number, counted from 1, raises, or NaN for what its last clip is made of.
     """
 
     def __init__(self):
-        self.batches = 0
+        self.runs = collections.Counter()
+        self.wrong = {}
 
     def __call__(self, pipeline, prompts, *, policy, cache, observe, seeds, curve, **asked):
-        self.batches += type(policy).__name__ == "Dense" and cache is None
-        if self.batches == 4:
+        name = type(policy).__name__
+        self.runs[name, cache] += 1
+        if self.runs["Dense", None] == 4:
             raise KeyboardInterrupt
+        wrong = self.wrong.get((name, self.runs[name, cache]))
+        if isinstance(wrong, Exception):
+            raise wrong
         settings = pipeline.card.settings(steps=asked["steps"])
         modes = pipeline.modes(policy, settings, cache)
         latents = np.ones((len(prompts), *pipeline.card.latent_shape(settings)), np.float32)
         for i in range(len(modes)):
             observe(i, latents)
-        density = [[{"dense": 1.0, "skip": 0.0}.get(mode, 0.25)] * 2 for mode in modes]
+        latents[-1:] *= 1 if wrong is None else wrong
+        sparse = 0.25 if len(prompts) == 2 else 1.0
+        density = [[{"dense": 1.0, "skip": 0.0}.get(mode, sparse)] * 2 for mode in modes]
+        seconds = np.full(len(modes), 1.0 if len(prompts) == 2 else 100.0)
+        seconds[[modes.index(mode) for mode in set(modes)]] += 49 * (self.runs[name, cache] == 1)
         return Result(
             frames=np.zeros((len(prompts), 8, 32, 32, 3), np.uint8),
             latents=latents,
@@ -156,7 +179,7 @@ class Canned:
             cache=cache,
             budgets=np.ones(len(modes), np.int32),
             densities=np.asarray(density, np.float32),
-            seconds=np.full(len(modes), 1.0 if len(prompts) == 2 else 100.0),
+            seconds=seconds,
             distances=np.ones((len(modes), len(prompts)), np.float32),
         )
 
@@ -166,11 +189,11 @@ def canned(monkeypatch):
     """Runs without a model; what measures on one is replaced, or fails."""
 
     def fail(*_, **__):
-        raise RuntimeError("out of memory")
+        raise TypeError("out of memory")
 
     run = Canned()
     monkeypatch.setattr(Pipeline, "generate", lambda *args, **asked: run(*args, **asked))
-    cost = {"attention": 0.5, "planning": 0.01}
+    cost = {"attention": 0.75, "planning": 0.01}
     monkeypatch.setattr("pasa_jax.compare._attention_cost", lambda *_: cost)
     monkeypatch.setattr("pasa_jax.compare.record_step", fail)
     return run
@@ -194,7 +217,71 @@ def test_a_smaller_last_batch_is_not_timed(canned, pipeline, caplog):
     assert len(comparison["methods"]["pisa"]["clips"]) == 3
     # What draws the blocks has failed: the rest stands.
     assert comparison["blocks"] is None and pictures == {}
-    assert "no pictures of blocks: out of memory" in caplog.text
+    assert "no pictures of blocks: TypeError: out of memory" in caplog.text
+
+
+def test_a_smaller_last_batch_counts_by_its_clips(canned, pipeline):
+    order = (pipeline, PROMPTS[:1], range(3), {"pisa": Pisa(**SIZES)})
+    pisa = compare(*order, batch=2, **QUIET).comparison["methods"]["pisa"]
+    assert pisa["density"]["sparse"] == pytest.approx((2 * 0.25 + 1) / 3)
+    assert pisa["density"]["by_step_and_layer"][1] == [0.5, 0.5]
+
+
+def test_a_run_that_cannot_leave_compilation_out_is_timed_again(canned, pipeline):
+    order = (pipeline, PROMPTS, [0], {"adaspa": AdaSpa(**SIZES)})
+    told = compare(*order, batch=2, **QUIET).comparison["methods"]["adaspa"]
+    assert told["modes"] == ["dense", "search", "refresh"]  # one step each
+    assert canned.runs == {("Dense", None): 1, ("AdaSpa", None): 2}
+    assert told["seconds"]["step"] == told["speedup"] == 1 and told["seconds"]["run"] == 3
+    assert not told["seconds"]["includes_compilation"] and len(told["clips"]) == 2
+    assert told["attention_share"] == 1.5  # two layers: a share that timing tells is not clipped
+
+
+def test_figures_with_compilation_are_left_out(canned, pipeline, tmp_path, caplog):
+    canned.wrong["AdaSpa", 2] = RuntimeError("no time left")
+    order = (pipeline, PROMPTS, [0], {"adaspa": AdaSpa(**SIZES)})
+    comparison = compare(*order, batch=2, **QUIET).comparison
+    told = comparison["methods"]["adaspa"]
+    assert told["speedup"] is told["attention_share"] is told["seconds"]["step"] is None
+    assert told["seconds"]["includes_compilation"] and len(told["clips"]) == 2
+    assert "adaspa could not be timed again: no time left" in caplog.text
+    page = write_page(tmp_path / "index.html", comparison, {}, fps=8.0).read_text()
+    assert "<td>150.00<small>with compilation</small></td><td></td><td></td>" in page
+
+
+@pytest.mark.parametrize(
+    ("wrong", "failure"),
+    [
+        (KeyError("lost"), "KeyError: 'lost'"),
+        (MemoryError(), "MemoryError"),
+        (np.nan, "latents must be finite; 1 of 2 clips' are not"),
+    ],
+)
+def test_whatever_stops_a_method_the_others_go_on(canned, pipeline, wrong, failure):
+    canned.wrong["Pisa", 1] = wrong
+    policies = {"pisa": Pisa(**SIZES), "adaspa": AdaSpa(**SIZES)}
+    methods = compare(pipeline, PROMPTS, [0], policies, batch=2, **QUIET).comparison["methods"]
+    assert methods["pisa"]["failure"] == failure and len(methods["adaspa"]["clips"]) == 2
+
+
+def test_a_method_whose_timing_fails_has_failed(canned, pipeline, monkeypatch):
+    def cost(pipeline, entry, *_):
+        return [{"attention": 0.5}][isinstance(entry.policy, Pisa)]
+
+    monkeypatch.setattr("pasa_jax.compare._attention_cost", cost)
+    found = compare(pipeline, PROMPTS, [0], {"pisa": Pisa(**SIZES)}, batch=2, **QUIET)
+    assert found.comparison["methods"]["pisa"]["failure"].startswith("IndexError: list index")
+
+
+def test_dense_is_the_reference(canned, pipeline):
+    named = {"dense": Dense(block_q=4), "pisa": Pisa(**SIZES)}
+    methods = compare(pipeline, PROMPTS, [0], named, batch=2, **QUIET).comparison["methods"]
+    assert methods["dense"]["parameters"] == dataclasses.asdict(Dense())
+    with pytest.raises(ValueError, match="must be dense at all steps"):
+        compare(pipeline, PROMPTS, [0], {"dense": Pisa(**SIZES)}, **QUIET)
+    canned.wrong["Dense", 2] = np.nan
+    with pytest.raises(ValueError, match="latents must be finite"):
+        compare(pipeline, PROMPTS, [0], named, batch=2, **QUIET)
 
 
 def test_a_cache_goes_with_dense_too_and_its_steps_are_told(canned, pipeline):
@@ -229,13 +316,78 @@ def test_a_mode_of_one_step_cannot_leave_it_out():
     assert not clean
 
 
+@pytest.mark.parametrize(
+    ("options", "steps", "attention", "planning"),
+    [
+        # A search plans for what it takes beyond the 2 seconds of dense attention.
+        (dict(dense_prefix=0.4), 5, (3 + 2 + 1) / 3, (1 + 1.5 + 0.25) / 3),
+        (dict(dense_prefix=0.0, searches=(0.5,)), 2, (3 + 2) / 2, (1 + 1.5) / 2),
+    ],
+)
+def test_a_layer_costs_what_its_steps_do(
+    pipeline, monkeypatch, options, steps, attention, planning
+):
+    known = {
+        ("attention", "search"): 3.0,
+        ("attention", "refresh"): 2.0,
+        ("attention", "sparse"): 1.0,
+        ("planning", "refresh"): 1.5,
+        ("planning", "sparse"): 0.25,
+    }
+
+    def seconds(calls):
+        for function, layer, mode, *operands in calls.values():
+            jax.eval_shape(functools.partial(function, layer, mode), *operands)
+        return {key: known[key] for key in calls}
+
+    monkeypatch.setattr("pasa_jax.compare._seconds", seconds)
+    policy = AdaSpa(block_q=4, block_kv=4, **options)
+    settings = pipeline.card.settings(steps=steps)
+    entry = Entry(policy, policy.modes(steps))
+    cost = _attention_cost(pipeline, entry, settings, None, 1, {"attention": 2.0})
+    assert cost == pytest.approx({"attention": attention, "planning": planning})
+
+
+def test_an_object_elsewhere_is_no_flicker():
+    dense = np.full((4, 8, 8, 3), (13, 242, 13), np.uint8)
+    dense[::2, 7, 7, 0] += 20
+    clip, prompt = dense.copy(), PROMPTS[1]
+    clip[:, 7, 7, 0] = 13
+    clip[1, :4] = (242, 13, 13)  # the circle, where dense's has none
+    still = _still_pixels([prompt])
+    told = _measured(Clip(prompt, 0), clip, dense, still, False)
+    assert told.flicker == pytest.approx(0, abs=1e-12)
+    # One of the 32 pixels below the circle and one of three channels varies by 10 about its mean.
+    assert told.flicker_gap == pytest.approx((10 / 255) ** 2 / 96)
+    assert _measured(Clip(prompt, 0), dense, dense, still, True).flicker_gap is None
+
+
 def test_tables_hold_every_clip(compared, tmp_path):
     write_tables(tmp_path, compared.comparison)
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert written == json.loads(json.dumps(compared.comparison))  # tuples become lists
     rows = list(csv.DictReader((tmp_path / "comparison.csv").open()))
-    assert [row["method"] for row in rows] == ["dense"] * 4 + ["pisa"] * 4
+    assert [row["method"] for row in rows] == ["dense"] * 4 + ["pisa"] * 4 + ["broken"]
+    assert rows[-1]["failure"] == "no kernel for this" and not rows[-1]["psnr"]
     assert float(rows[4]["psnr"]) == compared.comparison["methods"]["pisa"]["clips"][0]["psnr"]
+
+
+def test_json_is_never_bare_nan(compared, tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_tables(tmp_path, {**compared.comparison, "model": np.nan})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_tells_what_it_averages(compared, tmp_path):
+    pisa = compared.comparison["methods"]["pisa"]
+    fewer = {"psnr": {"mean": 20.0, "std": 1.0, "clips": 3}}  # the fourth equals dense's
+    methods = {"dense": compared.comparison["methods"]["dense"]}
+    methods["pisa"] = {**pisa, "metrics": {**pisa["metrics"], **fewer}}
+    comparison = {**compared.comparison, "methods": methods}
+    page = write_page(tmp_path / "index.html", comparison, {}, fps=8.0).read_text()
+    assert "<td>20.00<small>± 1.00</small><small>3 of 4</small></td>" in page
+    assert page.count(" of 4</small>") == 1
+    assert "VBench&#x27;s temporal flickering score" in page
 
 
 def test_bad_orders_are_refused(pipeline):
@@ -264,7 +416,7 @@ def test_the_command_writes_the_folder(compared, tiny_folder, tmp_path, capsys):
 
 def test_pasa_brings_pisa_at_what_its_groups_cost():
     options = Compare(policies=("pasa --noise none", "pisa"), density=0.2, dense_layers=(1,))
-    policies = named_policies(options, 16)
+    policies = named_policies(options, 16, "compare")
     assert list(policies) == ["pasa --noise none", "pisa", "pisa --density 0.23125"]
     pasa, pisa, rival = policies.values()
     assert (pasa.noise, pasa.density, pisa.density, rival.density) == ("none", 0.2, 0.2, 0.23125)
