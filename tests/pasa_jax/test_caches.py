@@ -302,7 +302,7 @@ def test_compare_gives_every_policy_the_cache_and_the_reference_none(pipeline):
 
 def test_compare_reports_what_the_cache_does(pipeline):
     options = dict(cache=EveryN(2), progress=False)
-    comparison, frames = compare(pipeline, [WAVES], [0], {"dense": Dense()}, **options)
+    comparison, frames, _ = compare(pipeline, [WAVES], [0], {"dense": Dense()}, **options)
     methods = comparison["methods"]
     assert list(methods) == ["dense", "dense + every-2"] == list(frames)
     assert methods["dense"]["cache"] is None and methods["dense"]["density"]["run"] == 1
