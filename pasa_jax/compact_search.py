@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import zipfile
@@ -21,7 +22,7 @@ from pasa_jax.pallas_kernels.blocks import num_blocks
 from pasa_jax.pipeline import Pipeline, recorded_steps
 from pasa_jax.policies import AttentionShape, CompactMasks, Context, Policy
 from pasa_jax.policies.base import check_choice, check_share, dense_prefix_steps
-from pasa_jax.policies.compact import EMPTY, TILE, near_group
+from pasa_jax.policies.compact import EMPTY, TILE, near_group, window_reach
 from pasa_jax.policies.sliding_tile import check_tile
 from pasa_jax.settings import Card, Settings, check_prompts, check_seeds
 from pasa_jax.video import atomic
@@ -47,6 +48,10 @@ class Criterion:
         recall_scope: "head" counts the mass of all frame groups together, so that distant ones may
             vanish; "group" holds each group to `min_recall` of its own.
         signed: tell keys of earlier from keys of later frames; False: by distance alone.
+        frame_groups: the first distance of each frame group, rising from 0, in tiles; those beyond
+            the video fall away. Empty: each distance is a group. Sign does not split the first.
+        exact_union: merge prompts' windows to their union; False: to the smallest two windows over
+            it, the family of the paper.
         reuse: consecutive steps that share a mask, searched at the first of them.
         dense_prefix: share of the steps that stay dense and get no mask.
         tile: frames, rows and columns of a tile, in tokens; None is (3, 8, 8), and for videos of
@@ -64,6 +69,8 @@ class Criterion:
     cost_unit: Literal["tile", "share"] = "tile"
     recall_scope: Literal["head", "group"] = "head"
     signed: bool = False
+    frame_groups: tuple[int, ...] = ()
+    exact_union: bool = False
     reuse: int = 5
     dense_prefix: float = 0.3
     tile: tuple[int, int, int] | None = None
@@ -78,6 +85,16 @@ class Criterion:
         if self.reuse < 1:
             raise ValueError(f"reuse={self.reuse} must be at least 1 step")
         check_tile(self.tile)
+        starts = self.frame_groups
+        if starts and (starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts))):
+            raise ValueError(f"frame_groups={starts!r} must rise from 0")
+
+    def groups(self, frames: int) -> Int[np.ndarray, " G"]:
+        """The number of the group of each frame distance, signed or not."""
+        near = np.arange(frames)
+        if self.frame_groups:
+            near = np.searchsorted(self.frame_groups, near, side="right") - 1
+        return np.concatenate([-near[:0:-1], near]) + near[-1] if self.signed else near
 
     def cost_per_tile(self, num_tiles: int) -> float:
         """λ of "tile", with None and the unit resolved."""
@@ -110,7 +127,7 @@ def contract(
     Args:
         mass: share of a head's attention by frame group and offset (2Ny−1 by 2Nx−1); sums to 1.
         size: mean key tiles per query tile at each offset.
-        frames: Nt.
+        frames: Nt, or of coarser groups those of one sign.
         criterion: τ, its scope, and whether groups are signed.
         max_cost: λ per key tile.
 
@@ -249,23 +266,14 @@ def merge(
 ) -> Int[np.ndarray, "*M G 4"]:
     """The smallest windows that hold all of the tables', group by group; int8.
 
-    The union of windows is a staircase: at each |dx| it reaches to some |dy|, no further than at a
-    smaller |dx|. Of the windows over it the one with fewest tiles is taken, of equals the thinnest.
+    The union of windows is a staircase, see `union`. Of the windows over it the one with fewest
+    tiles is taken, of equals the thinnest.
     """
-    _, rows, columns = tiles
-    x = np.arange(columns)
-
-    def reaches(table):
-        a, b, c, d = np.moveaxis(table.astype(int)[..., None], -2, 0)
-        return np.where(x <= c, b, np.where(x <= a, d, -1))
-
-    reach = np.max([reaches(table) for table in tables], axis=0)  # [..., G, Nx]
-    counts = fold(grouped(offset_counts(tiles), signed))
-    down = np.pad(np.cumsum(np.moveaxis(counts, -1, -2), axis=-1), ((0, 0), (0, 0), (1, 0)))
-    group = np.arange(len(counts))[:, None]
+    columns = tiles[2]
+    reach = union(tables, columns)
 
     def size(table):
-        return down[group, x, reaches(table) + 1].sum(-1)
+        return window_pairs(window_reach(table, columns), tiles, signed)
 
     a, b = (reach >= 0).sum(-1) - 1, reach[..., 0]
     best = np.stack([a, b, a, b], -1)
@@ -279,6 +287,38 @@ def merge(
             np.where(better, size(cross), fewest),
         )
     return best.astype(np.int8)
+
+
+def union(tables: list[Int[np.ndarray, "*M G 4"]], columns: int) -> Int[np.ndarray, "*M G Nx"]:
+    """What any of the windows holds: at each |dx| up to some |dy|, no further than at a smaller."""
+    return np.max([window_reach(table, columns) for table in tables], axis=0)
+
+
+def window_pairs(
+    reach: Int[np.ndarray, "*M G Nx"], tiles: tuple[int, int, int], signed: bool
+) -> Int[np.ndarray, "*M G"]:
+    """How many pairs of tiles, a query's and a key's, windows or their unions hold."""
+    counts = fold(grouped(offset_counts(tiles), signed))
+    down = np.pad(np.cumsum(np.moveaxis(counts, -1, -2), axis=-1), ((0, 0), (0, 0), (1, 0)))
+    group = np.arange(len(counts))[:, None]
+    return down[group, np.arange(tiles[2]), reach.astype(int) + 1].sum(-1)
+
+
+def similarity(
+    one: Int[np.ndarray, "*M G 4"],
+    other: Int[np.ndarray, "*M G 4"],
+    tiles: tuple[int, int, int],
+    signed: bool,
+) -> Float[np.ndarray, "*M"]:
+    """|A ∩ B| / |A ∪ B| of the tiles that two heads' windows hold, in [0, 1].
+
+    Source: Compact Attention (arXiv:2508.12969), by which masks belong to heads, not to prompts.
+    """
+    one, other = (window_reach(x, tiles[2]) for x in (one, other))
+    both, either = (
+        window_pairs(join(one, other), tiles, signed).sum(-1) for join in (np.minimum, np.maximum)
+    )
+    return both / either
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -500,17 +540,21 @@ class Search:
 
     def contract(self, mass: Float[np.ndarray, "layers B N dt dy dx"]) -> Found:
         """Windows int8 [B, layers, heads, groups, 4] and recalls of one step."""
-        signed = self.criterion.signed
+        signed, group = self.criterion.signed, self.criterion.groups(self.tiles[0])
+        first = np.flatnonzero(np.diff(group, prepend=-1))
         mass = mass.swapaxes(0, 1).astype(np.float64)
         mass = grouped(mass / mass.sum((-3, -2, -1), keepdims=True), signed)
         size = grouped(offset_counts(self.tiles), signed) / math.prod(self.tiles)
+        mass, size = (np.add.reduceat(x, first, axis=-3) for x in (mass, size))
+        frames = (len(first) + 1) // 2 if signed else len(first)
         heads = [
-            contract(head, size, self.tiles[0], self.criterion, self.max_cost)
+            contract(head, size, frames, self.criterion, self.max_cost)
             for head in mass.reshape(-1, *size.shape)
         ]
         windows, recall = (np.array(x) for x in zip(*heads, strict=True))
         shape = mass.shape[:3]
-        return Found(windows.astype(np.int8).reshape(*shape, -1, 4), recall.reshape(shape))
+        windows = windows.astype(np.int8)[:, group]
+        return Found(windows.reshape(*shape, -1, 4), recall.reshape(shape))
 
 
 def search_masks(
@@ -540,13 +584,14 @@ def search_masks(
 
     Returns:
         Masks that hold every prompt's and guidance branch's windows, and the recall of each one's
-        own windows, which the masks reach or exceed.
+        own windows, which the masks reach or exceed. Progress tells how much of the last prompt's
+        windows the first one's share (`similarity`).
 
     Raises:
         ValueError: as `Pipeline.generate`, or no step is sparse, or the tile does not fit the grid.
 
     Source: Compact Attention (arXiv:2508.12969). Masks are searched along dense trajectories; the
-    union of the prompts' windows is covered by the smallest window over it.
+    union of the prompts' windows is covered by the smallest window over it, or stays.
     """
     check_prompts(prompts)
     seeds = list(range(len(prompts))) if seeds is None else seeds
@@ -569,10 +614,14 @@ def search_masks(
             else:
                 bar.update(each)
             found.append(result)
-            bar.set_postfix_str(f"{i + 1} of {len(prompts)} prompts")
-    table = merge(
-        [branch for part in found for branch in part.windows], search.tiles, criterion.signed
-    )
+            alike = similarity(found[0].windows, result.windows, search.tiles, criterion.signed)
+            told = f"{i + 1} of {len(prompts)} prompts"
+            bar.set_postfix_str(f"{told}, {alike.mean():.0%} as the first" if i else told)
+    windows = [branch for part in found for branch in part.windows]
+    if criterion.exact_union:
+        table = union(windows, search.tiles[2])
+    else:
+        table = merge(windows, search.tiles, criterion.signed)
     masks = CompactMasks(
         key=pipeline.card.curve_key(search.settings),
         tile=search.tile,
@@ -584,5 +633,6 @@ def search_masks(
         prompts=len(prompts),
         shape=table.shape,
         windows=table.tobytes(),
+        exact=criterion.exact_union,
     )
     return masks, np.stack([part.recall for part in found])

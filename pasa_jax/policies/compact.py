@@ -48,7 +48,7 @@ TILE = (3, 8, 8)  # of 192 tokens
 EMPTY = (-1, -1, -1, -1)
 _MAX_TILES = 128  # along an axis: half-extents are int8
 _MAX_BYTES = 1 << 25  # the masks of Wan 14B are a megabyte
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,8 @@ class CompactMasks:
 
     A window (a, b, c, d) lets a query tile see the key tiles with |dx| ≤ a and |dy| ≤ d, or
     |dx| ≤ c and |dy| ≤ b; (-1, -1, -1, -1) sees none. A rectangle has c = a and d = b, every other
-    window c < a and d < b. Windows are cut off at the video's edges.
+    window c < a and d < b. Windows are cut off at the video's edges. Masks that are `exact` hold in
+    place of a window the largest |dy| that is seen at each |dx|, -1 for none: any union of windows.
 
     Attributes:
         key: the setting they were searched in.
@@ -68,8 +69,9 @@ class CompactMasks:
             |t' − t| in 0..Nt−1.
         min_recall, max_cost: what the search was asked for (`compact_search.Criterion`), resolved.
         prompts: how many the windows cover.
-        shape: [layers, buckets, heads, groups, 4].
+        shape: [layers, buckets, heads, groups, 4], or Nx in place of 4 where `exact`.
         windows: int8 of that shape.
+        exact: whether they are unions, not their cover by two windows.
 
     Raises:
         ValueError: a field out of range, or windows that do not fit the grid.
@@ -85,6 +87,7 @@ class CompactMasks:
     prompts: int
     shape: tuple[int, int, int, int, int] = dataclasses.field(repr=False)
     windows: bytes = dataclasses.field(repr=False)
+    exact: bool = False
 
     def __post_init__(self):
         for name in ("reuse", "prompts"):
@@ -94,13 +97,29 @@ class CompactMasks:
             raise ValueError(f"first={self.first} must be from 0 to {self.key.steps - 1}")
         buckets = -(-(self.key.steps - self.first) // self.reuse)
         groups = int(group_index(self.tiles[0], self.signed).max()) + 1
-        want = (self.shape[0], buckets, self.shape[2], groups, 4)
+        last = self.tiles[2] if self.exact else 4
+        want = (self.shape[0], buckets, self.shape[2], groups, last)
         if self.shape != want or len(self.windows) != math.prod(want) or not self.windows:
             raise ValueError(
                 f"windows of {self.shape}, {len(self.windows)} bytes, must be [layers, buckets, "
-                f"heads, groups, 4] = {want}"
+                f"heads, groups, {last}] = {want}"
             )
-        self._check_windows()
+        if self.exact:
+            self._check_unions()
+        else:
+            self._check_windows()
+
+    def _check_unions(self) -> None:
+        rows, table = self.tiles[1], self.table
+        bad = ((table < -1) | (table >= rows)).any(-1) | (table[..., 1:] > table[..., :-1]).any(-1)
+        near = near_group(self.tiles[0], self.signed)
+        bad[..., near] |= table[..., near, 0] < 0  # a tile must see itself
+        if bad.any():
+            place = tuple(np.argwhere(bad)[0].tolist())
+            raise ValueError(
+                f"union {table[place].tolist()} of layer, bucket, head, group {place} must "
+                f"fall from at most {rows - 1} to no less than -1, and see the query's tile"
+            )
 
     def _check_windows(self) -> None:
         a, b, c, d = np.moveaxis(self.table, -1, 0)
@@ -119,8 +138,13 @@ class CompactMasks:
 
     @functools.cached_property
     def table(self) -> np.ndarray:
-        """int8 [layers, buckets, heads, groups, 4]."""
+        """int8 of `shape`."""
         return np.frombuffer(self.windows, np.int8).reshape(self.shape)
+
+    @functools.cached_property
+    def reach(self) -> np.ndarray:
+        """int8 [layers, buckets, heads, groups, Nx], see `window_reach`."""
+        return self.table if self.exact else window_reach(self.table, self.tiles[2])
 
     @functools.cached_property
     def tiles(self) -> tuple[int, int, int]:
@@ -133,7 +157,7 @@ class CompactMasks:
     @functools.cached_property
     def counts(self) -> np.ndarray:
         """int32 [layers, buckets, heads, Nt, Ny, Nx], key tiles that each query tile sees."""
-        return visible_tiles(self.table, self.tiles, self.signed)
+        return visible_tiles(self.reach, self.tiles, self.signed)
 
     @property
     def density(self) -> float:
@@ -178,12 +202,12 @@ def _from_json(record: Any) -> CompactMasks:
         raise ValueError(f"{tile=} must be three numbers")
     table = np.asarray(json_typed("windows", fields["windows"], list))
     if table.ndim != 5 or table.dtype.kind != "i" or not (abs(table) < 128).all():
-        raise ValueError("windows must be whole numbers [layers, buckets, heads, groups, 4]")
+        raise ValueError("windows must be whole numbers [layers, buckets, heads, groups, 4 or Nx]")
     return CompactMasks(
         key=json_key(fields["key"]),
         tile=tile,
         **{name: json_typed(name, fields[name], int) for name in ("first", "reuse", "prompts")},
-        signed=json_typed("signed", fields["signed"], bool),
+        **{name: json_typed(name, fields[name], bool) for name in ("signed", "exact")},
         **{name: json_number(name, fields[name]) for name in ("min_recall", "max_cost")},
         shape=table.shape,
         windows=table.astype(np.int8).tobytes(),
@@ -297,14 +321,14 @@ class Compact(Policy):
             return static_plan(lists, q, k, context, self.block_kv), state
         slots, sizes = int(self._counts().max()), (self.block_q, self.block_kv)
 
-        def lists(windows: Int[Array, "G 4"]) -> BlockIndex:
-            seen = tile_mask(windows, masks.tiles, masks.signed)
+        def lists(reach: Int[Array, "G Nx"]) -> BlockIndex:
+            seen = tile_mask(reach, masks.tiles, masks.signed)
             mask = seen_blocks(seen, grid, masks.tile, *sizes)
             return routing.listed_blocks(mask[None, None], slots)
 
         # One head at a time: all blocks by all blocks of every head would be large.
-        windows = jnp.asarray(masks.table)[context.layer, self._bucket(context.step)]
-        ids, count = (x[:, 0, 0][None] for x in jax.lax.map(lists, windows))
+        reach = jnp.asarray(masks.reach)[context.layer, self._bucket(context.step)]
+        ids, count = (x[:, 0, 0][None] for x in jax.lax.map(lists, reach))
         shape = (q.shape[0], *count.shape[1:])
         count = jnp.broadcast_to(count, shape) - self._padding(k, context, grid)
         return Plan(BlockIndex(jnp.broadcast_to(ids, (*shape, slots)), count)), state
@@ -346,14 +370,14 @@ def _block_counts(
     query, place = np.unique(query, axis=0, return_inverse=True)
     key, times = np.unique(key, axis=0, return_counts=True)
 
-    def count(windows):
-        seen = tile_mask(windows, masks.tiles, masks.signed)
+    def count(reach):
+        seen = tile_mask(reach, masks.tiles, masks.signed)
         return join_tiles(seen, query, key) @ times
 
-    table = masks.table
-    counts = np.array([count(windows) for windows in table.reshape(-1, *table.shape[3:])])
+    reach = masks.reach
+    counts = np.array([count(head) for head in reach.reshape(-1, *reach.shape[3:])])
     counts = counts[:, place.reshape(-1)] + text.sum()
-    return counts.astype(np.int32).reshape(*table.shape[:3], rows)
+    return counts.astype(np.int32).reshape(*reach.shape[:3], rows)
 
 
 @functools.lru_cache(maxsize=8)
@@ -363,7 +387,7 @@ def _local_lists(policy: Compact, grid: TokenGrid) -> StaticLists:
     tiles = tile_grid(grid, tile)
 
     def mask(table):
-        seen = tile_mask(table, tiles, False)
+        seen = tile_mask(window_reach(table, tiles[2]), tiles, False)
         return seen_blocks(seen, grid, tile, policy.block_q, policy.block_kv)
 
     tables = local_windows(tiles)
@@ -384,41 +408,42 @@ def near_group(frames: int, signed: bool) -> int:
     return int(group_index(frames, signed)[0, 0])
 
 
+def window_reach(windows: Int[np.ndarray, "*M 4"], columns: int) -> Int[np.ndarray, "*M Nx"]:
+    """The largest |dy| that windows hold at each |dx|; -1: none. The union's is the larger one."""
+    a, b, c, d = np.moveaxis(windows[..., None], -2, 0)
+    x = np.arange(columns)
+    return np.where(x <= c, b, np.where(x <= a, d, -1)).astype(windows.dtype)
+
+
 def tile_mask(
-    windows: Int[np.ndarray | Array, "G 4"], tiles: tuple[int, int, int], signed: bool
+    reach: Int[np.ndarray | Array, "G Nx"], tiles: tuple[int, int, int], signed: bool
 ) -> Bool[np.ndarray | Array, "M M"]:
-    """Which key tiles every query tile sees, both in the order of `grid.tile_order`."""
+    """Which key tiles every query tile sees, both in the order of `grid.tile_order`.
+
+    Args:
+        reach: see `window_reach`, of each frame group.
+        tiles: Nt, Ny, Nx.
+        signed: whether groups tell earlier from later frames.
+    """
     frames, rows, columns = tiles
-    reach = windows.astype(np.int32)[group_index(frames, signed)]
-    a, b, c, d = (reach[..., i, None, None] for i in range(4))  # [Nt, Nt, 1, 1]
-
-    def near(reach, size):
-        place = np.arange(size, dtype=np.int32)
-        return abs(place[None, :] - place[:, None])[None, None] <= reach
-
-    def window(x, y):
-        return near(y, rows)[..., None, None] & near(x, columns)[:, :, None, None]
-
-    return einops.rearrange(window(a, d) | window(c, b), "t s y v x u -> (t y x) (s v u)")
+    dy, dx = (abs(x[None, :] - x[:, None]) for x in (np.arange(rows), np.arange(columns)))
+    reach = reach.astype(np.int32)[group_index(frames, signed)][..., dx]  # [Nt, Nt, Nx, Nx]
+    seen = dy.astype(np.int32)[None, None, :, :, None, None] <= reach[:, :, None, None]
+    return einops.rearrange(seen, "t s y v x u -> (t y x) (s v u)")
 
 
 def visible_tiles(
-    table: Int[np.ndarray, "*M G 4"], tiles: tuple[int, int, int], signed: bool
+    reach: Int[np.ndarray, "*M G Nx"], tiles: tuple[int, int, int], signed: bool
 ) -> Int[np.ndarray, "*M Nt Ny Nx"]:
-    """Key tiles that each query tile sees, int32."""
+    """Key tiles that each query tile sees, int32; arguments as of `tile_mask`."""
     frames, rows, columns = tiles
-
-    def inside(reach, size):
-        place, reach = np.arange(size), reach[..., None]
-        wide = np.minimum(place + reach, size - 1) - np.maximum(place - reach, 0) + 1
-        return np.maximum(wide, 0)  # [..., G, size]
-
-    a, b, c, d = np.moveaxis(table.astype(np.int32), -1, 0)
-    a, c = (inside(x, columns)[..., None, :] for x in (a, c))
-    b, d = (inside(y, rows)[..., :, None] for y in (b, d))
-    plane = (a * d + c * b - c * d).astype(np.int32)
+    y, x, reach = np.arange(rows), np.arange(columns), reach.astype(np.int32)[..., None]
+    tall = np.minimum(y + reach, rows - 1) - np.maximum(y - reach, 0) + 1
+    tall = np.maximum(tall, 0)  # [..., G, Nx, Ny], rows seen at each |dx|
+    times = (abs(x[None, :] - x[:, None])[..., None] == x).sum(1, dtype=np.int32)
+    plane = np.einsum("xr,...gry->...gyx", times, tall.astype(np.int32))
     groups = group_index(frames, signed)
-    times = (groups[..., None] == np.arange(table.shape[-2])).sum(1, dtype=np.int32)
+    times = (groups[..., None] == np.arange(plane.shape[-3])).sum(1, dtype=np.int32)
     return np.einsum("tg,...gyx->...tyx", times, plane)
 
 

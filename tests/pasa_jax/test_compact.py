@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,14 +93,15 @@ def masked(q, k, v, keep):
 def test_a_tile_mask_is_the_definition_token_by_token(signed):
     masks = make_masks(signed)
     windows = masks.table.reshape(-1, *masks.shape[3:])
-    to_mask = jax.jit(lambda w: module.tile_mask(w, TILES, signed))
+    to_mask = jax.jit(lambda reach: module.tile_mask(reach, TILES, signed))
     order, symmetric = tile_order(GRID, TILE), 0
     for table in windows:
-        tiles = np.asarray(to_mask(jnp.asarray(table)))
+        reach = module.window_reach(table, TILES[2])
+        tiles = np.asarray(to_mask(jnp.asarray(reach)))
         tokens = seen(table, signed)[order][:, order]
         assert (np.kron(tiles, np.ones((BLOCK, BLOCK), bool)) == tokens).all()
         symmetric += (tiles == tiles.T).all()
-        counts = module.visible_tiles(table, TILES, signed)
+        counts = module.visible_tiles(reach, TILES, signed)
         assert (counts.reshape(-1) == tiles.sum(1)).all()
     assert symmetric < len(windows) if signed else symmetric == len(windows)
 
@@ -115,6 +117,26 @@ def test_attention_is_the_softmax_over_the_windows(signed):
         # float32 sums of 144 products
         np.testing.assert_allclose(out, masked(q, k, v, keep), atol=2e-6)
         assert density == pytest.approx(keep.mean(), abs=1e-6)
+
+
+def exact_masks():
+    """Every group a staircase of three steps, which no two windows are."""
+    table = np.array([[2, 1, 0, 0], [1, 0, -1, -1], [-1] * 4], np.int8)
+    table = np.broadcast_to(table, (LAYERS, 2, N, *table.shape)).copy()
+    table[1, 1, :, 1] = [2, 2, 1, -1]
+    return make_masks(windows=table.tobytes(), shape=table.shape, exact=True)
+
+
+def test_exact_masks_are_any_staircase():
+    masks, (q, k, v) = exact_masks(), qkv(GRID.num_tokens)
+    policy = make_policy(masks)
+    out, density = attended(policy, q, k, v, jnp.int32(7), jnp.int32(1), GRID)
+    place = np.stack(np.unravel_index(np.arange(GRID.num_tokens), GRID.sizes), -1) // TILE
+    dt, dy, dx = np.moveaxis(abs(place[None] - place[:, None]), -1, 0)
+    keep = dy <= masks.table[1, 1, 0][dt, dx]
+    np.testing.assert_allclose(out, masked(q, k, v, keep), atol=2e-6)
+    assert density == pytest.approx(keep.mean(), abs=1e-6)
+    assert masks.counts[1, 1].mean() / math.prod(TILES) == pytest.approx(keep.mean())
 
 
 def test_steps_and_layers_are_data():
@@ -276,7 +298,8 @@ def test_local_windows_grow_to_the_density(tiles):
     grid, sizes = TokenGrid(*tiles), []
     tables = module.local_windows(tiles)
     assert (np.diff(tables, axis=0) >= 0).all()
-    counts = [module.visible_tiles(table, tiles, False).mean() for table in tables]
+    reaches = [module.window_reach(table, tiles[2]) for table in tables]
+    counts = [module.visible_tiles(reach, tiles, False).mean() for reach in reaches]
     for density in (0.001, 0.15, 0.38, 0.7, 1.0):
         policy = Compact(density=density, tile=(1, 1, 1), block_q=1, block_kv=1)
         kept = module._local_lists(policy, grid).count.mean()
@@ -290,8 +313,7 @@ def test_local_windows_grow_to_the_density(tiles):
 
 def test_masks_come_back_from_their_file(tmp_path):
     path = tmp_path / "masks.json"
-    for signed in (False, True):
-        masks = make_masks(signed)
+    for masks in (make_masks(), exact_masks(), make_masks(True)):
         masks.save(path)
         again = CompactMasks.load(path)
         assert again == masks and hash(again) == hash(masks)
@@ -361,6 +383,7 @@ def with_window(*window, place=(0, 0, 0, 1)):
         ({"first": 10}, "first=10 must be from 0 to 9"),
         ({"reuse": 3}, r"must be \[layers, buckets, heads, groups, 4\] = \(2, 3, 3, 3, 4\)"),
         ({"signed": True}, r"= \(2, 2, 3, 5, 4\)"),
+        ({"exact": True, "key": dataclasses.replace(KEY, grid=TokenGrid(3, 6, 9))}, "groups, 5"),
         ({"windows": b"12"}, "2 bytes, must be"),
         ({"tile": (2, 2, 2)}, r"= \(2, 2, 3, 2, 4\)"),
         ({"tile": (0, 4, 1)}, r"tile=\(0, 4, 1\) must be three numbers of tokens, 1 or more"),
@@ -383,6 +406,23 @@ def test_an_axis_of_too_many_tiles_is_refused():
         dataclasses.replace(make_masks(), key=key)
 
 
+@pytest.mark.parametrize(
+    ("place", "union"),
+    [
+        ((0, 0, 0, 1), (3, 0, 0, 0)),
+        ((0, 0, 0, 1), (0, 0, -2, -2)),
+        ((1, 0, 2, 1), (0, 1, 0, 0)),
+        ((1, 1, 0, 0), (-1, -1, -1, -1)),
+    ],
+)
+def test_bad_unions_are_refused(place, union):
+    table = exact_masks().table.copy()
+    table[place] = union
+    told = re.escape(f"union {list(union)} of layer, bucket, head, group {place} must fall from")
+    with pytest.raises(ValueError, match=told):
+        dataclasses.replace(exact_masks(), windows=table.tobytes())
+
+
 def change(record, **fields):
     return {**record, **fields}
 
@@ -392,7 +432,7 @@ def change(record, **fields):
     [
         (lambda r: [], "the file must be an object with exactly"),
         (lambda r: {**r, "more": 1}, "the file must be an object with exactly"),
-        (lambda r: change(r, format=2), "format=2 must be 1"),
+        (lambda r: change(r, format=1), "format=1 must be 2"),
         (lambda r: change(r, tile=[1, 2]), r"tile=\(1, 2\) must be three numbers"),
         (lambda r: change(r, tile=[1, 2, 2.0]), "tile=2.0 must be a JSON value of type int"),
         (lambda r: change(r, windows=[1]), "windows must be whole numbers"),
@@ -400,6 +440,7 @@ def change(record, **fields):
         (lambda r: change(r, windows=[[[[[300]]]]]), "windows must be whole numbers"),
         (lambda r: change(r, windows=[[1], [[2]]]), "inhomogeneous"),
         (lambda r: change(r, windows=[[[[[0, 0, 0, 0]]]]]), "must be .layers, buckets"),
+        (lambda r: change(r, exact=1), "exact=1 must be a JSON value of type bool"),
         (lambda r: change(r, signed=0), "signed=0 must be a JSON value of type bool"),
         (lambda r: change(r, max_cost="x"), "max_cost='x' must be a finite number"),
         (lambda r: change(r, key={}), "key must be an object with exactly"),

@@ -15,12 +15,20 @@ from pasa_jax.cli import main
 from pasa_jax.compact_search import Criterion
 from pasa_jax.grid import TokenGrid, tile_order
 from pasa_jax.pallas_kernels import api
-from pasa_jax.policies import AttentionShape, Compact, CompactMasks
-from pasa_jax.policies.compact import group_index, near_group, tile_mask, visible_tiles
+from pasa_jax.policies import AttentionShape, Compact, CompactMasks, compact
+from pasa_jax.policies.compact import group_index, near_group, window_reach
 
 WAN = (7, 6, 10)  # tiles of the published grid
 EXACT = Criterion(min_recall=0.999, max_cost=1e-9)
 EMPTY = (-1, -1, -1, -1)
+
+
+def visible_tiles(windows, tiles, signed):
+    return compact.visible_tiles(window_reach(windows, tiles[2]), tiles, signed)
+
+
+def tile_mask(windows, tiles, signed):
+    return compact.tile_mask(window_reach(windows, tiles[2]), tiles, signed)
 
 
 def offsets(tiles):
@@ -241,12 +249,34 @@ def test_merging_keeps_every_window_and_no_smaller_one_does():
                 other = search.window_offsets(np.array(p), 4, 5)
                 if (other >= union[g]).all():
                     assert counts[g][other].sum() >= counts[g][inside[g]].sum()
+        reach = search.union(inputs, 5)
+        y, x = (abs(i) for i in np.indices((7, 9)) - [[[3]], [[4]]])
+        assert ((y <= reach[:, x]) == union).all()
+        assert ((reach != window_reach(merged, 5)).any()) == (inside != union).any()
         for table in inputs:
             assert (search.merge([table, table], SMALL, False) == table).all()
             assert (
                 visible_tiles(table, SMALL, False).mean()
                 <= visible_tiles(merged, SMALL, False).mean()
             )
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_similarity_is_the_masks_intersection_over_their_union(signed):
+    rng, near = np.random.default_rng(0), 2 if signed else 0
+    choices = np.array([EMPTY, (0, 0, 0, 0), (3, 2, 1, 0), (2, 3, 2, 3), (4, 1, 4, 1)], np.int8)
+    one, other = choices[rng.integers(5, size=(2, 6, 5 if signed else 3))]
+    one[:, near] = other[:, near] = 0
+    found = search.similarity(one, other, SMALL, signed)
+    for head in range(6):
+        a, b = (tile_mask(table[head], SMALL, signed) for table in (one, other))
+        assert found[head] == pytest.approx((a & b).sum() / (a | b).sum())
+    assert (found == search.similarity(other, one, SMALL, signed)).all()
+    assert (search.similarity(one, one, SMALL, signed) == 1).all()
+    assert 0 <= found.min() < found.max() <= 1
+    alone = np.array([[(0, 0, 0, 0), EMPTY, EMPTY]], np.int8)
+    full = np.array([[(4, 3, 4, 3)] * 3], np.int8)
+    assert search.similarity(alone, full, SMALL, False) == pytest.approx(1 / math.prod(SMALL))
 
 
 def test_merging_two_arms_gives_a_cross_and_nothing_gives_nothing():
@@ -304,7 +334,7 @@ def test_the_recorder_sums_the_exact_map_by_offset():
     assert (counts == search.offset_counts(TILES)).all() and counts.sum() == 12 * 12
     # Recall and size from the tables are those of the whole map.
     windows = np.array([[1, 1, 0, 0], [0, 1, 0, 1]], np.int8)
-    keep = np.asarray(tile_mask(jnp.asarray(windows), TILES, False))
+    keep = tile_mask(windows, TILES, False)
     inside = search.window_offsets(windows, 2, 3)
     recall = (search.grouped(mass, False) * inside).sum((-3, -2, -1))
     np.testing.assert_allclose(recall, (tiles * keep).sum((2, 3)) / 12, atol=1e-6)
@@ -337,6 +367,36 @@ def test_the_recorder_shares_a_block_among_its_tiles_by_tokens(block):
     # float32 sums of 3600 weights
     np.testing.assert_allclose(record.state[0], expected, atol=2e-6)
     assert record.state.shape[2:] == search.offset_counts(tiles).shape
+
+
+@pytest.mark.parametrize(
+    ("starts", "group"),
+    [((0, 1), [0, 0, 1, 2, 2]), ((0, 2, 9), [0, 1, 1, 1, 2]), ((0, 1, 2), [0, 1, 2, 3, 4])],
+)
+def test_coarse_groups_share_a_window(pipeline, starts, group):
+    table = np.stack([random_weight(i) * search.offset_counts(SMALL) for i in range(2)])
+    table /= table.sum((1, 2, 3), keepdims=True)
+    size = search.offset_counts(SMALL) / math.prod(SMALL)
+    for signed in (False, True):
+        own = Criterion(min_recall=0.7, max_cost=0.1, frame_groups=starts, signed=signed)
+        number = group if signed else [g - group[2] for g in group[2:]]
+        assert own.groups(3).tolist() == number
+        plan = search.Search.start(pipeline.card, pipeline.card.settings(), own)
+        found = dataclasses.replace(plan, tiles=SMALL).contract(table[:, None, None])
+        assert found.windows.shape == (1, 2, 1, len(number), 4)
+        for head, windows in enumerate(found.windows[0, :, 0]):
+            inside = search.window_offsets(windows, 4, 5)
+            kept = (search.grouped(table[head], signed) * inside).sum()
+            assert found.recall[0, head, 0] == pytest.approx(kept) and kept >= 0.7
+            rows = np.asarray(number)
+            sums = [
+                np.array([search.grouped(x, signed)[rows == g].sum(0) for g in np.unique(rows)])
+                for x in (table[head], size)
+            ]
+            want, _ = search.contract(*sums, number[-1] // (1 + signed) + 1, own, 0.1)
+            if not signed:
+                assert want == by_the_paper(*sums, number[-1] + 1, 0.7, 0.1)[0]
+            assert (windows == np.array(want)[rows]).all()
 
 
 def test_near_group_is_the_query_s_own_frame():
@@ -375,7 +435,7 @@ def test_a_search_covers_its_prompts_and_branches(pipeline, searched):
             assert (kept.sum((-3, -2, -1)) >= recall[i, :, :, bucket] - 1e-6).all()
 
 
-def test_windows_of_all_prompts_and_branches_are_merged(pipeline, monkeypatch):
+def test_windows_of_all_prompts_and_branches_are_merged(pipeline, monkeypatch, capsys):
     windows = [[(1, 0, 1, 0), EMPTY], [(0, 1, 0, 1), EMPTY]], [[(0, 0, 0, 0)] * 2, [(0,) * 4] * 2]
 
     def prompt(self, pipeline, text, seed, tick):
@@ -384,8 +444,14 @@ def test_windows_of_all_prompts_and_branches_are_merged(pipeline, monkeypatch):
         return search.Found(np.broadcast_to(each, shape), np.ones(shape[:-2]))
 
     monkeypatch.setattr(search.Search, "prompt", prompt)
-    masks, _ = search.search_masks(pipeline, PROMPTS, criterion=FINE, progress=False)
-    assert (masks.table == [(1, 1, 0, 0), (0, 0, 0, 0)]).all()
+    masks, _ = search.search_masks(pipeline, PROMPTS, criterion=FINE)
+    assert (masks.table == [(1, 1, 0, 0), (0, 0, 0, 0)]).all() and not masks.exact
+    # 8 pairs of tiles of 24 lie in both prompts' windows.
+    assert "2 of 2 prompts, 33% as the first" in capsys.readouterr().err
+    whole = dataclasses.replace(FINE, exact_union=True)
+    exact, _ = search.search_masks(pipeline, PROMPTS, criterion=whole, progress=False)
+    assert exact.exact and (exact.table == [(1, 0), (0, -1)]).all()
+    assert exact.density == masks.density
 
 
 def test_searched_steps_leave_the_dense_run_as_it_is(pipeline):
@@ -479,11 +545,14 @@ def test_the_command_searches_and_generate_uses_it(tiny_folder, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     small = ["--frames", "8", "--size", "32x32", "--steps", "5", "--no-progress"]
     fine = ["--tile", "1", "2", "2", "--min-recall", "0.7", "--signed"]
+    fine += ["--frame-groups", "0", "--exact-union"]
     assert main(["search", "compact", PROMPTS[0], "--out", "m.json", *fine, *small]) == 0
     assert "wrote m.json: 1 prompts, density 0." in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
     masks = CompactMasks.load("m.json")
     assert (masks.tile, masks.signed, masks.min_recall) == ((1, 2, 2), True, 0.7)
+    # One group, so that frames do not differ; unions of windows in place of two of them.
+    assert masks.exact and (masks.table == masks.table[..., :1, :]).all()
     asked = []
     monkeypatch.setattr("pasa_jax.pipeline.Pipeline.generate", lambda *_, **o: asked.append(o))
     monkeypatch.setattr("pasa_jax.cli.generate._write", lambda *_: None)
@@ -523,6 +592,8 @@ def test_commands_refuse_in_one_line(tiny_folder, tmp_path, monkeypatch, capsys,
         ({"max_cost": float("nan")}, "max_cost=nan must be 0 or more and finite"),
         ({"cost_unit": "flop"}, r"cost_unit='flop' must be one of \('tile', 'share'\)"),
         ({"recall_scope": "all"}, r"recall_scope='all' must be one of \('head', 'group'\)"),
+        ({"frame_groups": (1, 2)}, r"frame_groups=\(1, 2\) must rise from 0"),
+        ({"frame_groups": (0, 2, 2)}, r"frame_groups=\(0, 2, 2\) must rise from 0"),
         ({"reuse": 0}, "reuse=0 must be at least 1 step"),
         ({"tile": (1, 2)}, r"tile=\(1, 2\) must be three numbers of tokens, 1 or more"),
     ],
