@@ -1,6 +1,7 @@
 """Queries, keys and values for looking at methods: recorded from a real run, or planted."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,11 +216,16 @@ def _random_wan(grid: TokenGrid, head_dim: int, seed: int) -> Recording:
     lacks = dict(causal=False, scenes=False, has_text=False, has_video=False)
     about = dict(name="random Wan", folder=Path(), fps=8.0, defaults=settings)
     card = Card(config=config, weights="random", cell=(1, 1, 1), **lacks, **about)
-    model = Wan(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    model = _random_model(config, jax.random.key(seed))
     latents = start_noise(seed_keys([seed])[0], card.latent_shape(settings))
     text = jnp.zeros((1, config.text_len, config.text_dim), jnp.float32)  # no words
     pipeline = Pipeline(card, model, None, None)
     return record_step(pipeline, np.asarray(latents), text, settings, layer=1, step=0)
+
+
+@functools.partial(nnx.jit, static_argnums=0)  # eager, every draw compiles for itself
+def _random_model(config: WanConfig, key: jax.Array) -> Wan:
+    return Wan(config, dtype=jnp.float32, rngs=nnx.Rngs(key))
 
 
 def _one_hot(grid: TokenGrid, axes: list[np.ndarray]) -> np.ndarray:

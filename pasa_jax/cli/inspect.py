@@ -75,8 +75,9 @@ def _inspection_job(options: Inspect) -> tuple[Any, dict[str, Any], int, Any, di
     settings = options.settings(card)
     check_seeds([options.seed])
     check_target(options.out, STILL_SUFFIXES)
-    if not 0 <= options.head < card.config.num_heads:
-        raise ValueError(f"head={options.head} must be from 0 to {card.config.num_heads - 1}")
+    for name, end in (("layer", card.config.num_layers), ("head", card.config.num_heads)):
+        if not 0 <= (value := getattr(options, name)) < end:
+            raise ValueError(f"{name}={value} must be from 0 to {end - 1}")
     states, negative = texts(options, card, settings)
     curve = None if options.curve is None else read_curve(options.curve)
     policies = named_policies(options, card.block(settings), "inspect")

@@ -13,7 +13,8 @@ from PIL import Image
 
 from pasa_jax import pipeline as pipelines
 from pasa_jax.cli import COMMANDS, main
-from pasa_jax.policies import Dense
+from pasa_jax.cli.methods import Methods, named_policies
+from pasa_jax.policies import Dense, Pisa
 
 ROOT = Path(__file__).parents[2]
 WAVES = "blue and white waves moving left"
@@ -127,7 +128,31 @@ OTHER_REFUSALS = {
     "check frames": (["check", "--frames", "4"], "frames=4 must be at least 8"),
     "convert nothing": (["convert", "none", "new"], "none"),
     "info tokens": (["info", "--tokens", "0"], "tokens=0 must be at least 1"),
-    "bench what": (["bench"], "'' must be attention"),
+    "bench what": (["bench"], "'' must be one of attention"),
+    "bench methods no policy": (["bench", "methods", "--policies"], "must name at least one"),
+    "bench recall no policy": (["bench", "recall", "--policies"], "must name at least one"),
+    "bench recall no density": (["bench", "recall", "--density"], "must hold at least one"),
+    "compare no policy": (["compare", "--policies"], "policies=() must name at least one"),
+    "compare seed twice": (["compare", "--seed", "0", "0"], "seed=(0, 0) must differ"),
+    "compare prompt twice": (["compare", WAVES, WAVES], "must differ, to hold clips apart"),
+    "compare out": (["compare", "--out", "/dev/null"], "out='/dev/null' must be a folder: File"),
+    "compare out in a file": (["compare", "--out", "/dev/null/a"], "must be a folder: Not a"),
+    "inspect no policy": (["inspect", "--policies"], "must name at least one"),
+    "inspect dense step": (
+        ["inspect", "--step", "0"],
+        "step=0 must be one that a method runs sparse: 1 to 6",
+    ),
+    "inspect dense": (["inspect", "--policies", "dense"], "runs sparse: none of 7"),
+    "inspect layer": (["inspect", "--layer", "2"], "layer=2 must be from 0 to 1"),
+    "inspect words": (["inspect", "--policies", "pisa --a"], "pasa-jax inspect, pisa: "),
+    "bench methods words": (
+        ["bench", "methods", "--policies", "pisa --a"],
+        "pasa-jax bench methods, pisa: ",
+    ),
+    "bench recall words": (
+        ["bench", "recall", "--policies", "pisa --a"],
+        "pasa-jax bench recall, pisa: ",
+    ),
 }
 
 
@@ -174,6 +199,81 @@ def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     told = capsys.readouterr().out
     assert all(command in told for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "command, kinds", [("search", ["paro", "anew"]), ("bench", ["attention", "methods", "recall"])]
+)
+def test_help_lists_a_command_s_kinds(capsys, command, kinds):
+    assert main([command, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"usage: pasa-jax {command} KIND" in told and all(kind in told for kind in kinds)
+
+
+SEARCHES = {
+    "compact": "compact_search.search_masks",
+    "paro": "paro_search.calibrate_paro",
+    "sparse_vdit": "vdit_search.search_patterns",
+}
+
+
+@pytest.mark.parametrize(
+    "error, words, code",
+    [
+        (ValueError("late"), "{}: late", 2),
+        (OSError("the disk is full"), "{}: the disk is full", 2),
+        (KeyboardInterrupt(), ": interrupted", 130),
+    ],
+)
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_a_search_that_ends_early_is_one_line(
+    here, tiny, monkeypatch, capsys, kind, error, words, code
+):
+    def ends(*args, **options):
+        raise error
+
+    monkeypatch.setattr(pipelines.Pipeline, "load", lambda *args: None)
+    monkeypatch.setattr(f"pasa_jax.{SEARCHES[kind]}", ends)
+    assert main(["search", kind]) == code
+    assert capsys.readouterr().err == f"pasa-jax search{words.format(' ' + kind)}\n"
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_masks_that_cannot_be_written_are_one_line(here, tiny, monkeypatch, capsys, kind):
+    def save(path):
+        raise OSError("the disk is full")
+
+    masks = types.SimpleNamespace(save=save)
+    found = masks if kind == "paro" else (masks, None)
+    monkeypatch.setattr(pipelines.Pipeline, "load", lambda *args: None)
+    monkeypatch.setattr(f"pasa_jax.{SEARCHES[kind]}", lambda *args, **options: found)
+    assert refused(capsys, ["search", kind]) == f"pasa-jax search {kind}: the disk is full\n"
+
+
+def test_worded_dense_is_dense():
+    shared = Methods(policies=("dense", "pisa"), dense_prefix=0.3, dense_layers=(1,))
+    policies = named_policies(shared, 16, "compare")
+    assert policies["dense"] == Dense()
+    assert (policies["pisa"].dense_prefix, policies["pisa"].block_q) == (0.3, 16)
+
+
+@pytest.mark.parametrize(
+    "words, own, density",
+    [
+        ("pasa", {}, 0.15 + 1 / 32),
+        ("pasa --group 8", {}, 0.15 + 1 / 8),
+        ("pasa --group 1", {}, 1.0),
+        ("pasa --block-q 32 --block-kv 8", dict(block_q=32, block_kv=8), 0.15 + 1 / 32),
+        ("pasa --dense-prefix 0.5 --dense-layers 1 2", dict(dense_layers=(1, 2)), 0.15 + 1 / 32),
+        ("pasa --dense-layers", dict(dense_layers=()), 0.15 + 1 / 32),
+    ],
+)
+def test_pasa_s_rival_is_alike_but_for_what_its_groups_cost(words, own, density):
+    pasa, rival = named_policies(Methods(policies=(words,)), 16, "compare").values()
+    assert type(rival) is Pisa and rival.density == pytest.approx(density)
+    for name in ("dense_prefix", "dense_layers", "block_q", "block_kv"):
+        assert getattr(rival, name) == getattr(pasa, name)
+    assert all(getattr(rival, name) == value for name, value in own.items())
 
 
 @pytest.mark.parametrize("policy, option", [("pasa", "--noise-scale"), ("pisa", "--route-bias")])

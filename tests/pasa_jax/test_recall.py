@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pasa_jax import recall
+from pasa_jax import recall, recording
 from pasa_jax.cli import main
 from pasa_jax.grid import TokenGrid
+from pasa_jax.models.wan import Wan
 from pasa_jax.policies import AdaSpa, Dense, Pasa, Pisa
 from pasa_jax.recording import planted, record
 
@@ -40,10 +41,29 @@ def test_planted_heads_have_their_shapes(heads):
     )
     assert local[distance <= 9].sum() > 0.8 * len(local)  # a third of the keys at most
     aligned = (rows[:, None] == rows) | (columns[:, None] == columns)
-    assert cross[aligned].sum() > 3 * aligned.mean() * len(cross) * 0.5
+    # e^4 times for each of row and column: 0.99 of the mass beside even logits, a quarter of the
+    # keys; the Wan's own logits, whose deviation is about 1, cost a little of it.
+    assert cross[aligned].sum() > 0.85 * len(cross)
     assert (whole.argmax(1) % 50 == 0).mean() > 0.6
+
+
+def test_planted_heads_stand_in_a_wan_of_random_weights(heads, monkeypatch):
+    seen, real = [], recording.record_step
+
+    def spy(pipeline, *args, **where):
+        seen.append((pipeline.model, where["layer"], real(pipeline, *args, **where)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(recording, "record_step", spy)
     again = planted(GRID, head_dim=32)
     assert all((a == b).all() for a, b in zip(heads[:3], again[:3], strict=True))
+    ((model, layer, own),) = seen
+    assert isinstance(model, Wan) and layer == 1 and own.grid == GRID
+    np.testing.assert_array_equal(again.v, own.v)
+    for planted_on, of_the_wan in zip(again[:2], own[:2], strict=True):
+        np.testing.assert_array_equal(planted_on[:, :, 2, 1:], of_the_wan[:, :, 2, 1:] / 2)
+        # Cross-shaped: channels behind those of rows and columns.
+        np.testing.assert_array_equal(planted_on[:, :, 1, 14:], of_the_wan[:, :, 1, 14:] / 2)
 
 
 def test_planted_heads_must_fit():
@@ -113,14 +133,23 @@ def test_a_policy_that_never_plans_is_refused(heads):
         recall.judge(Pisa(**BLOCK), heads, steps=5, step=0)
 
 
+class Broken(Pisa):
+    """Its own code is wrong."""
+
+    def plan(self, q, k, v, context, state):
+        raise TypeError
+
+
 def test_curves_have_a_row_a_density_and_report_failures(heads, tmp_path):
     families = {
+        "broken": [Broken(**BLOCK)] * 2,
         "pisa": [Pisa(density=d, **BLOCK) for d in (0.2, 0.5)],
         "dense": [Dense(**BLOCK)] * 2,
     }
     rows = recall.recall_curves([heads], families, steps=5)
-    assert [row["method"] for row in rows] == ["pisa", "pisa", "dense"]
-    assert rows[0]["density"] < rows[1]["density"] and "nothing to judge" in rows[2]["failure"]
+    assert [row["method"] for row in rows] == ["broken", "pisa", "pisa", "dense"]
+    assert rows[0]["failure"] == "TypeError" and "nothing to judge" in rows[3]["failure"]
+    assert rows[1]["density"] < rows[2]["density"] and not rows[1]["oracle"]
     recall.plot_recall(tmp_path / "recall.png", rows)
     assert (tmp_path / "recall.png").stat().st_size > 5000
 
@@ -175,6 +204,7 @@ def test_look_shows_the_narrowest_and_the_widest_head(heads, caplog):
     policies = {
         "adaspa": AdaSpa(density=0.3, dense_prefix=0.4, **BLOCK),
         "dense": Dense(**BLOCK),
+        "broken": Broken(**BLOCK),
     }
     # It searches at step 2.
     where = dict(steps=4, step=3, layer=1, seed=0)
@@ -191,20 +221,84 @@ def test_look_shows_the_narrowest_and_the_widest_head(heads, caplog):
         assert told["error"] == pytest.approx(judged.error[i], abs=1e-6)
         np.testing.assert_array_equal(found.pictures[i]["adaspa"], recall.picture(judged, i))
         assert "nothing to judge" in head["methods"]["dense"]["failure"]
+        assert head["methods"]["broken"] == {"failure": "TypeError"}
         assert set(found.pictures[i]) == {"adaspa"}
     assert "no blocks of dense" in caplog.text
+
+
+def test_a_search_on_what_is_judged_is_told():
+    assert recall.is_oracle(AdaSpa(dense_prefix=0.4), 4)
+    assert not recall.is_oracle(Pisa(), 4) and not recall.is_oracle(AdaSpa(dense_prefix=1.0), 4)
+    judged = recall.Judged(0.5, np.ones(1), np.zeros(1), np.ones((1, 2, 4)), np.ones((1, 2, 4)) > 0)
+    told = [recall.Shown.of(p, judged, 5, None) for p in (AdaSpa(), Pisa())]
+    assert recall.head_told(told[0], 0).endswith("(searched on these very q and k)")
+    assert recall.head_told(told[1], 0) == "density 1.000, recall 1.000, error 0.000"
+
+
+def test_gamma_is_the_curve_over_its_mean_behind_the_prefix():
+    judged = recall.Judged(0.5, np.ones(1), np.zeros(1), np.ones((1, 2, 4)), np.ones((1, 2, 4)) > 0)
+    curve = (9.0, 9.0, 1.0, 2.0, 3.0)
+    policy = Pasa(density=0.5, dense_prefix=0.4)
+    shown = recall.Shown.of(policy, judged, 5, curve)
+    np.testing.assert_allclose(shown.gamma, [np.nan, np.nan, 0.5, 1, 1.5])
+    np.testing.assert_allclose(shown.budgets, [1, 1, 0.25, 0.5, 0.75])
+    flat = recall.Shown.of(policy, judged, 5, (9.0, 9.0, 0.0, 0.0, 0.0))
+    np.testing.assert_array_equal(flat.gamma[2:], 1)
+    assert recall.Shown.of(policy, judged, 5, None).gamma is None
+    assert recall.Shown.of(Pisa(), judged, 5, curve).gamma is None
+
+
+def test_the_drawing_tells_one_heads_density_and_the_measured_beside_the_asked(
+    heads, tmp_path, monkeypatch
+):
+    figures = []
+
+    def savefig(figure, path, **_):
+        figures.append(figure)
+        path.touch()
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    mask = np.asarray([[[True, False]], [[True, True]]])
+    judged = recall.Judged(0.75, np.asarray([0.5, 1]), np.zeros(2), np.full((2, 1, 2), 0.5), mask)
+    shown = {"a": recall.Shown(judged, np.asarray([1, 0.2]), np.asarray([np.nan, 1.5]), False)}
+    where = dict(head=0, step=1, failures={"b": "no"})
+    recall.write_inspection(tmp_path / "look.png", heads, shown, **where)
+    picture, budgets, gamma = figures[0].axes
+    assert picture.get_title() == "a: density 0.500, recall 0.500, error 0.000"
+    asked, measured = (line.get_xydata().tolist() for line in budgets.lines)
+    assert asked == [[0, 1], [1, 0.2]] and measured == [[1, 0.75]]
+    np.testing.assert_array_equal(gamma.lines[0].get_ydata(), [np.nan, 1.5])
+    told = json.loads((tmp_path / "look.json").read_text())["policies"]
+    assert told["a"]["density"] == [0.5, 1] and told["a"]["density of all heads"] == 0.75
+    assert told["a"]["gamma"] == [None, 1.5] and told["b"] == {"failure": "no"}
 
 
 def test_inspect_writes_picture_and_figures(tiny_folder, tmp_path, capsys):
     out = tmp_path / "look.png"
     order = ["inspect", "--model", str(tiny_folder), "--steps", "3", "--size", "32x32"]
-    order += ["--frames", "8", "--policies", "pisa", "--block", "4", "--out", str(out)]
+    order += ["--frames", "8", "--policies", "dense", "pisa", "--block", "4", "--out", str(out)]
     assert main([*order, "--no-progress"]) == 0
     told = json.loads(out.with_suffix(".json").read_text())
-    assert list(told["policies"]) == ["pisa"] and told["grid"] == [2, 4, 4]
+    assert list(told["policies"]) == ["pisa", "dense"] and told["grid"] == [2, 4, 4]
     assert told["policies"]["pisa"]["budgets"] == [1.0, 0.125, 0.125]
     assert out.read_bytes()[:4] == b"\x89PNG"
-    assert "pisa: density 0.125, recall" in capsys.readouterr().out
+    assert "nothing to judge" in told["policies"]["dense"]["failure"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("dense: failed: Dense(")
+    assert lines[1].startswith("pisa: density 0.125, recall")
+
+
+def test_inspect_needs_a_method_that_can_be_judged(
+    heads, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    def judge(*args, **where):
+        raise IndexError("out of bounds")
+
+    monkeypatch.setattr(recall, "judge", judge)
+    monkeypatch.setattr(recording, "record", lambda *args, **where: heads)
+    order = ["inspect", "--model", str(tiny_folder), "--policies", "pisa"]
+    assert main([*order, "--out", str(tmp_path / "a.png")]) == 2
+    assert "could be judged: {'pisa': 'out of bounds'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
