@@ -407,7 +407,7 @@ def _plot_budgets(axes: Any, shown: dict[str, Shown], step: int) -> None:
     curves = {name: one.gamma for name, one in shown.items() if one.gamma is not None}
     if curves:
         right = axes.twinx()
-        right.set(ylabel="γ of the velocity curve (dotted)")
+        right.set(ylabel="γ of the curve, dotted")
         for gamma in curves.values():
             right.plot(gamma, "k:")
     axes.legend(fontsize="small")
