@@ -320,7 +320,7 @@ def test_a_mode_of_one_step_cannot_leave_it_out():
     ("options", "steps", "attention", "planning"),
     [
         # A search plans for what it takes beyond the 2 seconds of dense attention.
-        (dict(dense_prefix=0.4), 5, (3 + 2 + 1) / 3, (1 + 1.5 + 0.25) / 3),
+        (dict(dense_prefix=0.4), 10, (3 + 2 + 4 * 1) / 6, (1 + 1.5 + 4 * 0.25) / 6),
         (dict(dense_prefix=0.0, searches=(0.5,)), 2, (3 + 2) / 2, (1 + 1.5) / 2),
     ],
 )
