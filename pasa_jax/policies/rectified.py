@@ -257,14 +257,14 @@ def _heaviest(
     score: Float[Array, "B I C"], p_remain: float, budget: Int[Array, ""], most: int
 ) -> Bool[Array, "B I C"]:
     """A row's `budget` columns of highest score, or as many as pass `p_remain`; `most` at most."""
-    best = jax.lax.top_k(score, most)[0]
+    best, columns = jax.lax.top_k(score, most)
     within = jnp.cumsum(jnp.exp(best), axis=-1) <= p_remain
     number = within.sum(-1, keepdims=True, dtype=jnp.int32) + 1  # with the one that passes it
     number = jnp.minimum(jnp.maximum(number, budget), most)
-    least = jnp.take_along_axis(best, number - 1, axis=-1)
-    above, equal = score > least, score == least
-    room = number - above.sum(-1, keepdims=True, dtype=jnp.int32)
-    return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= room))
+    # By place, not by `score >= least`: XLA may compute the scores of a comparison anew, in other
+    # roundings than those that were sorted.
+    chosen = jnp.arange(most, dtype=jnp.int32)[None, None] < number
+    return jnp.put_along_axis(jnp.zeros(score.shape, bool), columns, chosen, -1, inplace=False)
 
 
 def _correct(

@@ -188,6 +188,8 @@ def _pool(x: Float[Array, "B T H"], length: Int[Array, "B I"], block: int) -> _P
 
 def _heaviest(score: Float[Array, "B I J"], number: Int[Array, "*I"]) -> Bool[Array, "B I J"]:
     """The `number` largest of every row; of equals the first."""
+    # One array: XLA may compute the scores that are compared anew, in other roundings than sorted.
+    score = jax.lax.optimization_barrier(score)
     number = jnp.broadcast_to(jnp.minimum(number, score.shape[-1]), score.shape[:2])[..., None]
     # A sort of one operand, which a CPU does far faster than top_k.
     best = jnp.sort(score, axis=-1, descending=True)
