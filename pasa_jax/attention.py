@@ -57,7 +57,12 @@ def sequence_order(attention: Attention | None, grid: TokenGrid) -> np.ndarray |
     """
     if attention is None or attention.mode == "dense":
         return None
-    order = attention.policy.token_order(grid)
+    return policy_order(attention.policy, grid)
+
+
+def policy_order(policy: Policy, grid: TokenGrid) -> np.ndarray | None:
+    """`sequence_order` of a policy's own steps."""
+    order = policy.token_order(grid)
     if order is None:
         return None
     text = np.arange(grid.num_tokens, grid.num_tokens + grid.text, dtype=np.int32)

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from tqdm import tqdm
 
+from pasa_jax.attention import policy_order
 from pasa_jax.bench import MIB, rounds
 from pasa_jax.grid import TokenGrid
 from pasa_jax.info import machine
@@ -101,7 +102,8 @@ def bench_methods(
     operands, plans, density = {("dense", "dense"): qkv}, {}, {("dense", "dense"): 1.0}
     for name, policy in tqdm(policies.items(), desc="compiling", file=sys.stderr):
         layer = Layer.of(policy, grid)
-        own = _in_order(layer, qkv)
+        order = policy_order(policy, grid)
+        own = qkv if order is None else [x[:, order] for x in qkv]
         state = layer.state(*own)
         for mode in layer.modes:
             key = name, mode
@@ -126,15 +128,6 @@ def bench_methods(
         )
         for key, mine in seconds.items()
     ]
-
-
-def _in_order(layer: Layer, qkv: list[Float[Array, "B T N H"]]) -> list[Float[Array, "B T N H"]]:
-    order = layer.policy.token_order(layer.grid)
-    if order is None:
-        return qkv
-    text = np.arange(layer.grid.num_tokens, qkv[0].shape[1], dtype=np.int32)
-    order = np.concatenate([order, text])
-    return [x[:, order] for x in qkv]
 
 
 def _rounds(programs: dict[Any, Any], operands: dict[Any, list[Any]], repeats: int) -> dict:

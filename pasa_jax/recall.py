@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from pasa_jax.attention import Attention, attend
+from pasa_jax.attention import Attention, attend, policy_order
 from pasa_jax.pallas_kernels import api
 from pasa_jax.pallas_kernels.blocks import num_blocks
 from pasa_jax.policies import AttentionShape, Context, Plan, Policy
@@ -84,7 +84,7 @@ def judge(
     step = planned[len(planned) // 2] if step is None else step
     if step not in planned:
         raise ValueError(f"{step=} must be one that is not dense: {planned[0]} to {planned[-1]}")
-    order = policy.token_order(grid)
+    order = policy_order(policy, grid)
     q, k, v = (
         jnp.asarray(x if order is None else x[:, order])
         for x in (recording.q, recording.k, recording.v)

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -168,8 +168,30 @@ def read_curve(path: Path) -> Any:
     return read_file("curve", VelocityCurve, path)
 
 
-def recording_order(options: Any, number: int) -> tuple[Any, Any, Any, Any, Any]:
-    """Card, settings, options with prompts, and texts of a command that records dense runs."""
+@dataclasses.dataclass(frozen=True)
+class Recording(Sampling):
+    """What all commands that record dense runs share; each says what its prompts are for.
+
+    Attributes:
+        prompt_states: text states of the prompts, as in `pasa-jax generate`.
+    """
+
+    prompts: Prompts = ()
+    prompt_states: Annotated[tuple[Path, ...], of("FILE ...")] = ()
+    out: Path = Path("masks.json")
+
+
+class Recorded(NamedTuple):
+    """A checked order of such a command: whose runs, of which prompts, and their options."""
+
+    card: Any
+    settings: Any
+    prompts: list[str]
+    how: dict[str, Any]
+
+
+def recording_order(options: Recording, number: int) -> Recorded:
+    """The order; where tiny is given no prompts, `number` of its own."""
     from pasa_jax.settings import read_card
     from pasa_jax.video import check_target
 
@@ -181,4 +203,12 @@ def recording_order(options: Any, number: int) -> tuple[Any, Any, Any, Any, Any]
         # Others than those of seed 0, which `compare` and `check` make.
         options = dataclasses.replace(options, prompts=tuple(prompts(number, seed=1)))
     check_target(options.out, (".json",))
-    return card, settings, options, *texts(options, card, settings)
+    states, negative = texts(options, card, settings)
+    how = dict(
+        negative_prompt=options.negative_prompt,
+        states=None if states is None else list(states),
+        negative_states=negative,
+        progress=options.progress,
+        **dataclasses.asdict(settings),
+    )
+    return Recorded(card, settings, list(options.prompts), how)

@@ -4,39 +4,29 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from pasa_jax.cli.options import Prompts, Sampling, load, recording_order
+from pasa_jax.cli.options import Recording, load, recording_order
 from pasa_jax.cli.parsing import nested, of, parse, refusing, run_kind
 
 
 @dataclasses.dataclass(frozen=True)
-class Search(Sampling):
+class Search(Recording):
     """Options of `pasa-jax search compact`.
 
     Attributes:
         prompts: to cover, others than those to be made, four or more; tiny has four of its own.
-        prompt_states: text states of the prompts, as in `pasa-jax generate`.
         out: JSON file. What is found stays in a folder beside it, ending in .parts, until the
             search is complete: the same command goes on after an interruption.
     """
 
-    prompts: Prompts = ()
-    prompt_states: Annotated[tuple[Path, ...], of("FILE ...")] = ()
-    out: Path = Path("masks.json")
-
 
 @dataclasses.dataclass(frozen=True)
-class SearchParo(Sampling):
+class SearchParo(Recording):
     """Options of `pasa-jax search paro`.
 
     Attributes:
         prompts: others than those to be made, one or two; tiny has two of its own.
-        prompt_states: text states of the prompts, as in `pasa-jax generate`.
         out: JSON file, written at the end: after an interruption the search starts anew.
     """
-
-    prompts: Prompts = ()
-    prompt_states: Annotated[tuple[Path, ...], of("FILE ...")] = ()
-    out: Path = Path("masks.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +60,13 @@ def _search_patterns(argv: list[str]) -> None:
     options_class = nested(SearchPatterns, "criterion", vdit_search.Criterion)
     options = parse(options_class, "search sparse_vdit", argv, about)
     with refusing("pasa-jax search sparse_vdit", OSError):
-        card, settings, options, states, negative = recording_order(options, 2)
+        order = recording_order(options, 2)
         patterns, _ = vdit_search.search_patterns(
-            load("search sparse_vdit", card),
-            list(options.prompts),
+            load("search sparse_vdit", order.card),
+            order.prompts,
             criterion=options.criterion,
             block=options.block,
-            negative_prompt=options.negative_prompt,
-            states=None if states is None else list(states),
-            negative_states=negative,
-            progress=options.progress,
-            **dataclasses.asdict(settings),
+            **order.how,
         )
         patterns.save(options.out)
     print(f"wrote {options.out}: {patterns.prompts} prompts, density {patterns.density:.3f}")
@@ -94,17 +80,13 @@ def _search_paro(argv: list[str]) -> None:
     options_class = nested(SearchParo, "criterion", paro_search.Criterion)
     options = parse(options_class, "search paro", argv, about)
     with refusing("pasa-jax search paro", OSError):
-        card, settings, options, states, negative = recording_order(options, 2)
-        paro_search.Search.start(card, settings, options.criterion)
+        order = recording_order(options, 2)
+        paro_search.Search.start(order.card, order.settings, options.criterion)
         masks = paro_search.calibrate_paro(
-            load("search paro", card),
-            list(options.prompts),
+            load("search paro", order.card),
+            order.prompts,
             criterion=options.criterion,
-            negative_prompt=options.negative_prompt,
-            states=None if states is None else list(states),
-            negative_states=negative,
-            progress=options.progress,
-            **dataclasses.asdict(settings),
+            **order.how,
         )
         masks.save(options.out)
     heads, buckets = sum(map(len, masks.orders)), len(masks.starts)
@@ -122,19 +104,15 @@ def _search_compact(argv: list[str]) -> None:
     options_class = nested(Search, "criterion", compact_search.Criterion)
     options = parse(options_class, "search compact", argv, about)
     with refusing("pasa-jax search compact", OSError):
-        card, settings, options, states, negative = recording_order(options, 4)
-        compact_search.Search.start(card, settings, options.criterion)
+        order = recording_order(options, 4)
+        compact_search.Search.start(order.card, order.settings, options.criterion)
         parts = compact_search.Parts(options.out.with_suffix(".parts"))
         masks, recall = compact_search.search_masks(
-            load("search compact", card),
-            list(options.prompts),
+            load("search compact", order.card),
+            order.prompts,
             criterion=options.criterion,
             parts=parts,
-            negative_prompt=options.negative_prompt,
-            states=None if states is None else list(states),
-            negative_states=negative,
-            progress=options.progress,
-            **dataclasses.asdict(settings),
+            **order.how,
         )
         masks.save(options.out)
         parts.clear()
